@@ -1,0 +1,255 @@
+"""The public verbs on a live model: patch, patched, unpatch, inspect, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from ropepatch import compat
+from ropepatch.errors import AlreadyPatchedError, NotPatchedError, OptionError, UnsupportedModelError
+from ropepatch.families import Site, discover, host_of
+from ropepatch.families._native import native_scaling
+from ropepatch.families._rotary import config_of
+from ropepatch.inspection import Inspection
+from ropepatch.methods._base import METHODS, FrequencyMethod
+from ropepatch.methods._info import option_table
+from ropepatch.methods._options import parse_options
+from ropepatch.record import RECORD_ATTRIBUTE, PatchRecord
+from ropepatch.surgery import frequencies
+from ropepatch.surgery._changes import revert_all
+from ropepatch.surgery._lengths import trained_length
+from ropepatch.surgery._select import select_sites
+from ropepatch.surgery._verify import verify as verify_effect
+from ropepatch.surgery._warnings import warnings_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method as a user sees it.
+
+    Attributes:
+        name: the word that `patch` takes.
+        aliases: other words for the same.
+        seam: "frequencies", "attention" or "embeddings".
+        mechanisms: what it can change.
+        options: dicts of name, type, default and help; a required option has the default None and `required` True.
+        paper: where the formula comes from.
+        rope_type: transformers' own name for it, or None.
+        summary: one line.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    seam: str
+    mechanisms: tuple[str, ...]
+    options: tuple[dict[str, Any], ...]
+    paper: str
+    rope_type: str | None
+    summary: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def methods() -> tuple[MethodInfo, ...]:
+    """Every method, sorted by name."""
+    return tuple(_info(method) for method in METHODS)
+
+
+def _info(method: FrequencyMethod) -> MethodInfo:
+    return MethodInfo(
+        name=method.name,
+        aliases=method.aliases,
+        seam=method.seam,
+        mechanisms=method.mechanisms,
+        options=option_table(method.options),
+        paper=method.paper,
+        rope_type=method.rope_type,
+        summary=method.summary,
+    )
+
+
+def patch(
+    model: Model,
+    method: str,
+    *,
+    original_length: int | None = None,
+    verify: bool = True,
+    on_scaled: Literal["replace", "multiply"] | None = None,
+    layer_types: Sequence[str] | None = None,
+    **options: Any,
+) -> Model:
+    """Change how far a live model reaches, in place.
+
+    Args:
+        model: a transformers PreTrainedModel, a PeftModel, or any module that wraps one.
+        method: name or alias of a method; `ropepatch.methods()` lists them.
+        original_length: trained length in tokens; read from the config by default.
+        verify: run two tokens through the model up to its rotary modules and hold what they emit against the
+            closed form.
+        on_scaled: what to do when the checkpoint carries a native scaling (llama3, yarn, ...): "replace" starts
+            from its pretrained frequencies and length, "multiply" scales further what is there. By default that
+            is refused.
+        layer_types: of a model that keeps frequencies per layer type, the types to change. By default all but
+            sliding-window and chunked ones, which never look far.
+        options: of the method.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnknownNameError: no such method.
+        OptionError: an unknown, missing or out-of-range option.
+        UnsupportedModelError: the model has no mechanism that the method can change.
+        AlreadyPatchedError: the model is patched.
+        AlreadyScaledError: the checkpoint carries a native scaling and `on_scaled` is not given.
+        VerificationError: the effect did not happen. In every case the model is then exactly as before.
+    """
+    entry = METHODS.get(method)
+    parsed = parse_options(entry, options)
+    _check_arguments(original_length, on_scaled)
+    host = host_of(model)
+    path, record = _find_record(host)
+    if record is not None:
+        raise AlreadyPatchedError(
+            f"the model is already patched with {record.method!r}" + (f" (its part {path!r})" if path else ""),
+            given=method,
+            hint="call ropepatch.unpatch(model) first",
+        )
+    sites = select_sites(discover(host), entry, layer_types, host.config.model_type)
+    plans = frequencies.plan(
+        host, sites, entry, parsed, original_length=original_length, on_scaled=on_scaled
+    )
+    changes = frequencies.apply(host, plans)
+    try:
+        if verify:
+            verify_effect(host, plans)
+        record = PatchRecord(
+            method=entry.name,
+            options=parsed.model_dump(),
+            seam=entry.seam,
+            mechanism="rotary",
+            original_length=plans[0].geometry.original_length,
+            target_length=max(item.result.target_length for item in plans),
+            on_scaled=on_scaled if any(item.scaling for item in plans) else None,
+            sites=[item.site.to_dict() for item in plans],
+            versions=compat.versions(),
+            undo=changes,
+        )
+        setattr(host, RECORD_ATTRIBUTE, record)
+    except BaseException:
+        revert_all(host, changes)
+        raise
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`, bit for bit, whatever else has been done to the model since.
+
+    Returns:
+        The same model.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+    """
+    host = host_of(model)
+    path, record = _find_record(host)
+    if record is None or path is None:
+        raise NotPatchedError("the model is not patched, so there is nothing to undo", given=type(model).__name__)
+    owner = host.get_submodule(path)
+    revert_all(owner, record.undo)
+    delattr(owner, RECORD_ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def patched(model: Model, method: str, **keywords: Any) -> Iterator[Model]:
+    """`patch` for the length of a with block; arguments as there."""
+    patch(model, method, **keywords)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """The patch in force as plain data, or None."""
+    record = _find_record(host_of(model))[1]
+    return record.to_dict() if record else None
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """How a model knows order, and what a patch has changed. Changes nothing.
+
+    Raises:
+        UnsupportedModelError: `model` is not and does not wrap one PreTrainedModel.
+    """
+    host = host_of(model)
+    record = _find_record(host)[1]
+    sites = discover(host)
+    text = [site for site in sites if site.part == "text"] or list(sites)
+    scaling = next((found for site in text if site.kind == "frequencies" and (found := native_scaling(host, site))), None)
+    config = config_of(host, host.get_submodule(text[0].path))
+    if record:
+        trained, target = record.original_length, record.target_length
+        scaling = None if record.on_scaled != "multiply" else scaling
+    else:
+        trained, target = _stated_lengths(config, scaling)
+    return Inspection(
+        model_type=host.config.model_type,
+        mechanism="+".join(dict.fromkeys(site.mechanism for site in text)),
+        method=record.method if record else None,
+        options=dict(record.options) if record else {},
+        seam=record.seam if record else None,
+        trained_length=trained,
+        target_length=target,
+        native_scaling=str(scaling["rope_type"]) if scaling else None,
+        sites=tuple(site.to_dict() for site in sites),
+        warnings=tuple(warnings_of(host, sites, record)),
+    )
+
+
+def _stated_lengths(config: Any, scaling: dict[str, Any] | None) -> tuple[int | None, int | None]:
+    try:
+        trained = trained_length(config, scaling, "replace" if scaling else None)
+        reached = trained_length(config, scaling, "multiply" if scaling else None)
+    except OptionError:
+        return None, None
+    return trained, reached
+
+
+def _check_arguments(original_length: int | None, on_scaled: str | None) -> None:
+    if original_length is not None and (not isinstance(original_length, int) or original_length < 1):
+        raise OptionError("original_length is a number of tokens", given=original_length, allowed="an integer from 1")
+    if on_scaled not in (None, *frequencies.ON_SCALED):
+        raise OptionError("unknown value of on_scaled", given=on_scaled, allowed=frequencies.ON_SCALED)
+
+
+def _find_record(host: nn.Module) -> tuple[str | None, PatchRecord | None]:
+    """The record on the model or on a part of it that was patched by itself, with the path of that part."""
+    for path, module in host.named_modules():
+        record = module.__dict__.get(RECORD_ATTRIBUTE)
+        if record is not None:
+            return path, record
+    return None, None
+
+
+__all__ = [
+    "Inspection",
+    "MethodInfo",
+    "Site",
+    "UnsupportedModelError",
+    "inspect",
+    "methods",
+    "patch",
+    "patched",
+    "record_of",
+    "unpatch",
+]

@@ -1,0 +1,118 @@
+"""Structural discovery of rotary frequencies: any module that keeps inverse frequencies and turns positions by them.
+
+transformers spells a rotary module in one way: a 1-D buffer `inv_freq` with a gain `attention_scaling`, or the
+same pair once for each label, `{label}_inv_freq` with `{label}_attention_scaling`. Nothing here looks at class names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ropepatch.families._site import Site, dtype_name
+
+_SUFFIX = "inv_freq"
+
+
+def rotary_sites(host: nn.Module) -> Iterator[Site]:
+    """Every rotary site of a live model, text and other modalities alike, in module order."""
+    for path, module in host.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if _is_frequencies(module, name, buffer):
+                yield _site(host, path, module, name, buffer)
+
+
+def _is_frequencies(module: nn.Module, name: str, buffer: torch.Tensor) -> bool:
+    if name != _SUFFIX and not name.endswith(f"_{_SUFFIX}"):
+        return False
+    if name.endswith(f"original_{_SUFFIX}") or name.startswith("ropepatch_"):
+        return False
+    takes_positions = "position_ids" in inspect.signature(type(module).forward).parameters
+    return buffer.dim() == 1 and (takes_positions or hasattr(module, gain_name(name)))
+
+
+def label_of(name: str) -> str | None:
+    """The label that a buffer is kept under: "full_attention" for full_attention_inv_freq, None for inv_freq."""
+    return None if name == _SUFFIX else name.removesuffix(f"_{_SUFFIX}")
+
+
+def gain_name(name: str) -> str:
+    """The attribute that holds the gain of the frequencies called `name`."""
+    return name.removesuffix(_SUFFIX) + "attention_scaling"
+
+
+def rope_parameters_of(config: Any, label: str | None) -> dict[str, Any]:
+    """transformers' rope parameters for one label; empty where the config has none."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if label is not None and isinstance(parameters.get(label), dict):
+        parameters = parameters[label]
+    return dict(parameters)
+
+
+def _site(host: nn.Module, path: str, module: nn.Module, name: str, buffer: torch.Tensor) -> Site:
+    label = label_of(name)
+    config = config_of(host, module)
+    parameters = rope_parameters_of(config, label)
+    rope_type = getattr(module, "rope_type", None)
+    if isinstance(rope_type, dict):
+        rope_type = rope_type.get(label)
+    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or getattr(config, "rotary_emb_base", None)
+    return Site(
+        path=path,
+        name=name,
+        mechanism="rotary",
+        kind="frequencies",
+        layer_type=label,
+        part=part_of(host, module),
+        head_dim=head_dim_of(config, label),
+        rotary_dim=2 * buffer.numel(),
+        rope_theta=float(theta) if theta else None,
+        rope_type=rope_type or parameters.get("rope_type") or "default",
+        dtype=dtype_name(buffer),
+    )
+
+
+def config_of(host: nn.Module, module: nn.Module) -> Any:
+    """The config that a module was built from: its own, else the text part of the model's."""
+    config = getattr(module, "config", None)
+    return config if config is not None else host.config.get_text_config()  # type: ignore[union-attr, operator]
+
+
+def head_dim_of(config: Any, label: str | None = None) -> int | None:
+    """Size of an attention head by the config's own words, None when it has none."""
+    per_layer = getattr(config, "per_layer_config", None)
+    if label is not None and isinstance(per_layer, dict) and label in per_layer:
+        config = per_layer[label]
+    if getattr(config, "head_dim", None):
+        return int(config.head_dim)
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def part_of(host: nn.Module, module: nn.Module) -> str:
+    """Which modality a module serves: "text" unless its config is a sub-config of another kind."""
+    config = getattr(module, "config", None)
+    root = host.config
+    text = {id(root), id(root.get_text_config()), id(root.get_text_config(decoder=True)), id(root.get_text_config(encoder=True))}  # type: ignore[union-attr, operator]
+    if config is None:
+        return "text" if not sub_configs(root) or len(text) <= 1 else "other"
+    if id(config) in text:
+        return "text"
+    for name, sub in sub_configs(root):
+        if sub is config:
+            return name.removesuffix("_config")
+    return "text" if "text" in getattr(config, "model_type", "") else "other"
+
+
+def sub_configs(config: Any) -> list[tuple[str, Any]]:
+    """Every config nested in `config`, at any depth, with its attribute name."""
+    found: list[tuple[str, Any]] = []
+    for name in getattr(config, "sub_configs", {}) or {}:
+        sub = getattr(config, name, None)
+        if sub is not None and not isinstance(sub, dict):
+            found += [(name, sub), *sub_configs(sub)]
+    return found

@@ -1,0 +1,138 @@
+"""What a method file needs: the option types, the geometry it computes from, and its registration.
+
+A method is one function from a `RotaryGeometry` and its options to `Frequencies`. The maths is pure: CPU
+tensors in, CPU tensors out, float32 at both ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ropepatch.registry import Registry
+
+
+@dataclass(frozen=True)
+class RotaryGeometry:
+    """Where one rotary site stands before a method is applied.
+
+    Attributes:
+        inv_freq: base inverse frequencies in radians per token, float32, CPU, shape [rotary_dim / 2].
+            They are read from the model, so they need not be exactly rope_theta^(-2i/rotary_dim).
+        rope_theta: base of the geometric series.
+        rotary_dim: number of rotated dimensions of a head (d in the papers); even.
+        head_dim: size of a whole head; rotary_dim < head_dim with partial rotary.
+        original_length: trained length in tokens (L in the papers).
+    """
+
+    inv_freq: Tensor
+    rope_theta: float
+    rotary_dim: int
+    head_dim: int
+    original_length: int
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """What a method makes of a site.
+
+    Attributes:
+        inv_freq: new inverse frequencies, float32, CPU, shape [rotary_dim / 2].
+        target_length: the length in tokens that the setting aims at.
+        attention_scaling: gain on cos and on sin; attention logits scale by its square.
+        softmax_gain: factor on the softmax scale of models whose attention modules carry YaRN's `mscale_all_dim`
+            (DeepSeek's latent attention); other models ignore it, as transformers does.
+        rope_parameters: how transformers spells the same thing (without `rope_theta` unless it changes), or
+            None when it has no word of its own; the surgery then writes the frequencies as `longrope` factors.
+    """
+
+    inv_freq: Tensor
+    target_length: int
+    attention_scaling: float = 1.0
+    softmax_gain: float = 1.0
+    rope_parameters: dict[str, Any] | None = None
+
+
+class MethodOptions(BaseModel):
+    """Base of every option schema: unknown names are refused, values are checked, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Factor = Annotated[float, Field(ge=1.0, description="target length / trained length")]
+
+
+class FactorOptions(MethodOptions):
+    """Options of a method that needs nothing but the factor."""
+
+    factor: Factor
+
+
+@dataclass(frozen=True)
+class FrequencyMethod:
+    """A registered method of the `frequencies` seam. `compute` is the pure function."""
+
+    name: str
+    aliases: tuple[str, ...]
+    options: type[MethodOptions]
+    compute: Callable[[RotaryGeometry, Any], Frequencies]
+    paper: str
+    summary: str
+    rope_type: str | None
+    mechanisms: tuple[str, ...] = ("rotary",)
+    seam: ClassVar[str] = "frequencies"
+
+
+METHODS: Registry[FrequencyMethod] = Registry("method", package="ropepatch.methods")
+
+
+def frequency_method(
+    name: str,
+    *,
+    options: type[MethodOptions],
+    paper: str,
+    summary: str,
+    aliases: tuple[str, ...] = (),
+    rope_type: str | None = None,
+) -> Callable[[Callable[[RotaryGeometry, Any], Frequencies]], Callable[[RotaryGeometry, Any], Frequencies]]:
+    """Register the decorated function as a method of the `frequencies` seam.
+
+    Args:
+        name: the word that users write.
+        options: the schema of its options.
+        paper: where the formula comes from ("arXiv 2309.00071").
+        summary: one line for `ropepatch methods`.
+        aliases: other words for the same.
+        rope_type: transformers' own word, when it has one.
+    """
+
+    def register(compute: Callable[[RotaryGeometry, Any], Frequencies]) -> Callable[[RotaryGeometry, Any], Frequencies]:
+        method = FrequencyMethod(name, aliases, options, compute, paper, summary, rope_type)
+        METHODS.register(name, aliases=aliases)(method)
+        return compute
+
+    return register
+
+
+def scaled_length(geometry: RotaryGeometry, factor: float) -> int:
+    """`factor` times the trained length, in whole tokens."""
+    return round(geometry.original_length * factor)
+
+
+def rotations(geometry: RotaryGeometry) -> Tensor:
+    """How often each plane turns over the trained length: L f_i / 2 pi, float64, shape [rotary_dim / 2]."""
+    return geometry.inv_freq.double() * geometry.original_length / (2 * math.pi)
+
+
+def blend(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """`start` where weight is 0, `end` where it is 1, linear between; exact at both ends and where they agree.
+
+    float64 in and out, all of one shape. torch.lerp is exact at both ends, unlike start + weight * (end - start).
+    """
+    return torch.lerp(start, end, weight)

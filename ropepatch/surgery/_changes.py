@@ -1,0 +1,128 @@
+"""The only four things that a patch may do to a model, each with its exact inverse.
+
+A change names its place by module path, never by object, so that a record still fits after deepcopy or pickle.
+The old value of a buffer is kept as a non-persistent buffer beside it: whatever moves or casts the model moves and
+casts the kept value in the same way, which is what makes undo exact in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ropepatch.errors import UnsupportedModelError
+
+KEPT = "ropepatch_original_"
+_MISSING = "\0missing"
+
+
+@dataclass(frozen=True)
+class BufferChange:
+    """A buffer that got new values, in place where shape and dtype allow (a compiled graph then follows too)."""
+
+    path: str
+    name: str
+
+    @classmethod
+    def apply(cls, host: nn.Module, path: str, name: str, value: torch.Tensor) -> BufferChange:
+        module = host.get_submodule(path)
+        old = module.get_buffer(name)
+        if old.is_meta:
+            raise UnsupportedModelError(
+                f"buffer {path}.{name} is on the meta device: it has no values to change", hint="load the weights first"
+            )
+        module.register_buffer(KEPT + name, old.detach().clone(), persistent=False)
+        _write(module, name, value)
+        return cls(path, name)
+
+    def revert(self, host: nn.Module) -> None:
+        module = host.get_submodule(self.path)
+        _write(module, self.name, module.get_buffer(KEPT + self.name))
+        delattr(module, KEPT + self.name)
+
+
+def _write(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    current = module.get_buffer(name)
+    if current.shape == value.shape and current.dtype == value.dtype:
+        with torch.no_grad():
+            current.copy_(value)
+    else:
+        setattr(module, name, value.detach().to(current.device, copy=True))
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """A frozen parameter replaced by another of its own dtype; its key in the state dict stays."""
+
+    path: str
+    name: str
+
+    @classmethod
+    def apply(cls, host: nn.Module, path: str, name: str, value: torch.Tensor) -> ParameterChange:
+        module = host.get_submodule(path)
+        old = module.get_parameter(name)
+        module.register_buffer(KEPT + name, old.detach().clone(), persistent=False)
+        module.register_parameter(
+            name, nn.Parameter(value.to(device=old.device, dtype=old.dtype), requires_grad=old.requires_grad)
+        )
+        return cls(path, name)
+
+    def revert(self, host: nn.Module) -> None:
+        module = host.get_submodule(self.path)
+        grad = module.get_parameter(self.name).requires_grad
+        module.register_parameter(self.name, nn.Parameter(module.get_buffer(KEPT + self.name), requires_grad=grad))
+        delattr(module, KEPT + self.name)
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """A plain Python attribute of a module."""
+
+    path: str
+    name: str
+    old: Any
+
+    @classmethod
+    def apply(cls, host: nn.Module, path: str, name: str, value: Any) -> AttributeChange:
+        module = host.get_submodule(path)
+        old = getattr(module, name)
+        setattr(module, name, value)
+        return cls(path, name, old)
+
+    def revert(self, host: nn.Module) -> None:
+        setattr(host.get_submodule(self.path), self.name, self.old)
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """An entry of the config that the module at `path` holds. The config object itself stays the same."""
+
+    path: str
+    name: str
+    old: Any
+
+    @classmethod
+    def apply(cls, host: nn.Module, path: str, name: str, value: Any) -> ConfigChange:
+        config: Any = host.get_submodule(path).config
+        old = getattr(config, name, _MISSING)
+        setattr(config, name, value)
+        return cls(path, name, old)
+
+    def revert(self, host: nn.Module) -> None:
+        config: Any = host.get_submodule(self.path).config
+        if self.old == _MISSING:
+            delattr(config, self.name)
+        else:
+            setattr(config, self.name, self.old)
+
+
+Change = BufferChange | ParameterChange | AttributeChange | ConfigChange
+
+
+def revert_all(host: nn.Module, changes: list[Change]) -> None:
+    """Undo changes in the reverse of the order they were made."""
+    for change in reversed(changes):
+        change.revert(host)

@@ -1,0 +1,45 @@
+"""Which of a model's sites a method acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ropepatch.errors import OptionError, UnsupportedModelError, did_you_mean
+from ropepatch.families._site import Site
+from ropepatch.methods._base import FrequencyMethod
+
+_LOCAL = ("sliding_attention", "chunked_attention")
+_CHANGEABLE = ("frequencies", "sincos_table")
+
+
+def select_sites(
+    sites: Sequence[Site], method: FrequencyMethod, layer_types: Sequence[str] | None, model_type: str
+) -> list[Site]:
+    """The sites of the text part that `method` changes.
+
+    Raises:
+        UnsupportedModelError: there is none; the message says what the model has instead.
+        OptionError: a layer type that the model does not have.
+    """
+    text = [site for site in sites if site.part == "text"]
+    usable = [site for site in text if site.mechanism in method.mechanisms and site.kind in _CHANGEABLE]
+    if not usable:
+        has = sorted({site.mechanism for site in text} or {site.mechanism for site in sites})
+        raise UnsupportedModelError(
+            f"{method.name!r} changes {' or '.join(method.mechanisms)} positions, and this {model_type} model has "
+            f"{' and '.join(has) + ' ones' if has != ['none'] else 'no positions to change'}",
+            hint="ropepatch.inspect(model) shows where the model carries positions",
+        )
+    labels = sorted({site.layer_type for site in usable if site.layer_type})
+    if layer_types is not None:
+        for name in layer_types:
+            if name not in labels:
+                raise OptionError(
+                    f"unknown layer type {name!r}",
+                    allowed=labels or "none: this model keeps one set of frequencies for all layers",
+                    hint=did_you_mean(name, labels),
+                )
+        return [site for site in usable if site.layer_type in layer_types]
+    # A local layer never sees a distance beyond its window, so stretching it only costs resolution.
+    far = [site for site in usable if site.layer_type not in _LOCAL]
+    return far or usable

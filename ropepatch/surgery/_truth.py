@@ -1,0 +1,55 @@
+"""The config after a patch: what transformers would have to read to arrive at the same frequencies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ropepatch.methods._base import Frequencies, RotaryGeometry
+
+_SCALING_KEYS = frozenset(
+    "rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale "
+    "mscale_all_dim truncate short_factor long_factor low_freq_factor high_freq_factor".split()
+)
+_NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
+# JSON has no infinity. At this divisor a plane turns less than 1e-20 rad over any context: it stands still.
+_STILL = 1e30
+
+
+def spelled(geometry: RotaryGeometry, result: Frequencies) -> dict[str, Any]:
+    """`result` in transformers' words: the method's own, else its frequencies as `longrope` factors."""
+    words = result.rope_parameters
+    if words is None:
+        words = as_longrope(geometry, result.inv_freq, result.attention_scaling, result.target_length)
+    if words["rope_type"] in _NEEDS_ORIGINAL:
+        words = {"original_max_position_embeddings": geometry.original_length, **words}
+    return dict(words)
+
+
+def as_longrope(geometry: RotaryGeometry, inv_freq: Tensor, gain: float, target_length: int) -> dict[str, Any]:
+    """Any frequencies as `longrope` with one list for short and long: rope_theta^(-2i/d) / factor_i."""
+    exponents = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
+    divisors = (geometry.rope_theta**-exponents / inv_freq.double()).clamp(max=_STILL).tolist()
+    return {
+        "rope_type": "longrope",
+        "factor": target_length / geometry.original_length,
+        "short_factor": divisors,
+        "long_factor": list(divisors),
+        "attention_factor": gain,
+        "original_max_position_embeddings": geometry.original_length,
+    }
+
+
+def merged(parameters: dict[str, Any], label: str | None, words: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a config's `rope_parameters` with `words` in force at `label`; what is not scaling is kept."""
+    parameters = copy.deepcopy(parameters)
+    nested = label is not None and isinstance(parameters.get(label), dict)
+    old = parameters[label] if nested else parameters
+    new = {**{key: value for key, value in old.items() if key not in _SCALING_KEYS}, **words}
+    if nested:
+        parameters[label] = new
+        return parameters
+    return new

@@ -1,0 +1,163 @@
+"""Did the model follow? A patch that nobody reads is the commonest failure of this trade, and a silent one.
+
+A forward of two tokens shows how the model calls its rotary modules; it is stopped as soon as each has been
+called, which in most models is before the first layer. Then each module is asked for positions up to the target
+length, and its answer is held against the closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ropepatch.errors import VerificationError
+from ropepatch.surgery.frequencies import SitePlan
+
+
+@dataclass
+class _Call:
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _AllSeen(BaseException):
+    """Not an Exception, so that a model's own error handling does not swallow it."""
+
+
+def verify(host: nn.Module, plans: Sequence[SitePlan]) -> None:
+    """Hold what the rotary modules emit against what the plans promise.
+
+    Raises:
+        VerificationError: a module was never called, or emits something else.
+    """
+    rotary = [item for item in plans if item.site.kind == "frequencies"]
+    for owner, items in _by_owner(host, rotary).items():
+        calls = _record_calls(host.get_submodule(owner), owner, items)
+        for item in items:
+            _check(host, item, calls[item.site.path, item.site.layer_type])
+
+
+def _by_owner(host: nn.Module, items: Sequence[SitePlan]) -> dict[str, list[SitePlan]]:
+    """Sites by the innermost PreTrainedModel around them: the part that can be run on token ids alone."""
+    from transformers import PreTrainedModel
+
+    owners: dict[str, list[SitePlan]] = {}
+    for item in items:
+        steps = item.site.path.split(".")
+        paths = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
+        owner = next((path for path in paths if isinstance(host.get_submodule(path), PreTrainedModel)), "")
+        owners.setdefault(owner, []).append(item)
+    return owners
+
+
+def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
+    prefix = f"{path}." if path else ""
+    wanted = {(item.site.path, item.site.layer_type): item for item in items}
+    seen: dict[tuple[str, str | None], _Call] = {}
+    handles = []
+
+    def watch(site_path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            del module, output
+            labels = [label for place, label in wanted if place == site_path]
+            spoken = [value for value in (*arguments, *keywords.values()) if isinstance(value, str)]
+            for label in labels:
+                if label is None or label in spoken or len(labels) == 1:
+                    seen.setdefault((site_path, label), _Call(arguments, keywords))
+            if len(seen) == len(wanted):
+                raise _AllSeen
+
+        return hook
+
+    for site_path in {item.site.path for item in items}:
+        module = owner.get_submodule(site_path.removeprefix(prefix))
+        handles.append(module.register_forward_hook(watch(site_path), with_kwargs=True))
+    try:
+        run_two_tokens(owner)
+    except _AllSeen:
+        pass
+    except Exception as error:
+        if len(seen) < len(wanted):
+            raise VerificationError(
+                f"the model could not be run on two tokens to see whether the patch takes effect ({error})",
+                hint="pass verify=False and check the model's outputs yourself",
+            ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [item.site.where for key, item in wanted.items() if key not in seen]
+    if missing:
+        raise VerificationError(
+            "these rotary modules were changed, but the model never calls them: " + ", ".join(missing)
+        )
+    return seen
+
+
+def run_two_tokens(owner: nn.Module) -> Any:
+    """One forward on token ids 0 and 1, without gradients and without touching the random state."""
+    config: Any = owner.config
+    device = next((tensor.device for tensor in owner.parameters() if not tensor.is_meta), torch.device("cpu"))
+    ids = torch.tensor([[0, 1]], device=device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    training = owner.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            # forward, not __call__: a compiled call would compile a graph for two tokens.
+            return owner.forward(**inputs)
+        finally:
+            owner.train(training)
+
+
+def _check(host: nn.Module, item: SitePlan, call: _Call) -> None:
+    module = host.get_submodule(item.site.path)
+    last = max(item.result.target_length - 1, 1)
+    probe = torch.tensor([1, last])
+    arguments = tuple(_at(probe, value) for value in call.arguments)
+    keywords = {name: _at(probe, value) for name, value in call.keywords.items()}
+    with torch.no_grad():
+        emitted = module(*arguments, **keywords)
+    angles = probe.float()[:, None] * item.result.inv_freq
+    if not _agrees(emitted, angles, item.result.attention_scaling):
+        raise VerificationError(
+            f"{item.site.where} does not emit the frequencies that were written: the model keeps them elsewhere, or "
+            "computes them anew"
+        )
+
+
+def _at(probe: Tensor, value: Any) -> Any:
+    """Position ids replaced by the probe, activations by float32, everything else as the model passed it."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return value.float()
+    return probe.to(value).expand(value.shape) if value.shape[-1:] == (2,) else value
+
+
+def _agrees(emitted: Any, angles_PF: Tensor, gain: float) -> bool:
+    """Whether a rotary module's output is cos and sin (or their complex form) of the angles, in any usual layout.
+
+    P: probe positions, F: planes. Angles near a million radians differ by rounding, hence the tolerance.
+    """
+    if isinstance(emitted, Tensor) and emitted.is_complex():
+        emitted = (emitted.real, emitted.imag)
+    if not (isinstance(emitted, tuple) and len(emitted) == 2 and all(isinstance(part, Tensor) for part in emitted)):
+        return False
+    layouts = (lambda t: t, lambda t: torch.cat((t, t), -1), lambda t: t.repeat_interleave(2, -1))
+    for first, second in ((angles_PF.cos() * gain, angles_PF.sin() * gain), (angles_PF.sin() * gain, angles_PF.cos() * gain)):
+        for layout in layouts:
+            if all(_same(part, layout(want)) for part, want in zip(emitted, (first, second), strict=True)):
+                return True
+    return False
+
+
+def _same(part: Tensor, want_PD: Tensor) -> bool:
+    part = part.detach().float().cpu().squeeze()
+    while part.dim() > 2 and part.shape[0] > 0:
+        part = part[0] if part.shape[-2:] == want_PD.shape else part.flatten(0, -2)[: len(want_PD)]
+    return part.shape == want_PD.shape and torch.allclose(part, want_PD, atol=2e-2)
