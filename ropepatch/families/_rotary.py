@@ -84,9 +84,10 @@ def config_of(host: nn.Module, module: nn.Module) -> Any:
 
 def head_dim_of(config: Any, label: str | None = None) -> int | None:
     """Size of an attention head by the config's own words, None when it has none."""
-    per_layer = getattr(config, "per_layer_config", None)
-    if label is not None and isinstance(per_layer, dict) and label in per_layer:
-        config = per_layer[label]
+    if getattr(config, "is_heterogeneous", False):
+        # Such a config refuses to speak for all layers at once.
+        layers = config.per_layer_config
+        config = next((layers[i] for i, kind in enumerate(config.layer_types) if label in (None, kind)), layers[0])
     if getattr(config, "head_dim", None):
         return int(config.head_dim)
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
@@ -95,17 +96,16 @@ def head_dim_of(config: Any, label: str | None = None) -> int | None:
 
 def part_of(host: nn.Module, module: nn.Module) -> str:
     """Which modality a module serves: "text" unless its config is a sub-config of another kind."""
-    config = getattr(module, "config", None)
-    root = host.config
-    text = {id(root), id(root.get_text_config()), id(root.get_text_config(decoder=True)), id(root.get_text_config(encoder=True))}  # type: ignore[union-attr, operator]
-    if config is None:
-        return "text" if not sub_configs(root) or len(text) <= 1 else "other"
-    if id(config) in text:
+    root: Any = host.config
+    nested = sub_configs(root)
+    if not nested:
         return "text"
-    for name, sub in sub_configs(root):
-        if sub is config:
-            return name.removesuffix("_config")
-    return "text" if "text" in getattr(config, "model_type", "") else "other"
+    config = getattr(module, "config", None)
+    if config is None or config is root:
+        return "other" if config is None else "text"
+    name = next((name for name, sub in nested if sub is config), "")
+    kind = name.removesuffix("_config") or str(getattr(config, "model_type", "other"))
+    return next((part for part in ("vision", "audio", "image", "video") if part in kind), "text")
 
 
 def sub_configs(config: Any) -> list[tuple[str, Any]]:

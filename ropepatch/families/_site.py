@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["frequencies", "sincos_table", "table", "bias", "slopes", "none"]
+Kind = Literal["frequencies", "sincos_table", "table", "bias", "slopes", "fixed", "none"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Site:
         name: attribute on that module: a buffer, a parameter or a submodule; "" where nothing holds it.
         mechanism: "rotary", "alibi", "relative_bias", "learned", "sinusoidal" or "none".
         kind: how it is held: "frequencies" (an inv_freq buffer), "sincos_table" (precomputed sin | cos rows of a
-            rotary), "table" (rows added to the embedding), "bias" (added to the scores), "slopes" (ALiBi), "none".
+            rotary), "table" (rows added to the embedding), "bias" (added to the scores), "slopes" (ALiBi), "fixed"
+            (rotary that cannot be changed; `note` says why), "none".
         layer_type: the label under which the model keeps it, when it keeps several ("full_attention").
         part: "text" for the part that reads tokens, else "vision", "audio" or another modality.
         head_dim: size of an attention head, None where it does not matter.

@@ -22,7 +22,7 @@ _TABLE_NAME = re.compile(
 _NOT_POSITION = re.compile(r"(token_type|word|2d|x_position|y_position|h_position|w_position|visual)")
 _BIAS_NAME = re.compile(
     r"(relative_attention_bias|rel_embeddings|r_r_bias|relative_position_bias|relative_bias|rel_pos_bias|"
-    r"distance_embedding|relative_attention_embedding|pos_bias_v|relative_buckets)"
+    r"distance_embedding|relative_attention_embedding|pos_bias_v|relative_buckets|rel_logits_proj)"
 )
 
 
@@ -80,7 +80,7 @@ def bias_sites(host: nn.Module) -> Iterator[Site]:
         named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         owner = path.rpartition(".")[2]
         for name, tensor in named:
-            if tensor.is_floating_point() and (_BIAS_NAME.search(name) or (name == "weight" and _BIAS_NAME.search(owner))):
+            if tensor.is_floating_point() and (_BIAS_NAME.search(name) or _BIAS_NAME.search(owner)):
                 yield Site(
                     path=path,
                     name=name,

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ropepatch.errors import OptionError
 from ropepatch.registry import Registry
 
 
@@ -25,10 +26,13 @@ class RotaryGeometry:
     Attributes:
         inv_freq: base inverse frequencies in radians per token, float32, CPU, shape [rotary_dim / 2].
             They are read from the model, so they need not be exactly rope_theta^(-2i/rotary_dim).
-        rope_theta: base of the geometric series.
+        rope_theta: base of the geometric series, above 1.
         rotary_dim: number of rotated dimensions of a head (d in the papers); even.
         head_dim: size of a whole head; rotary_dim < head_dim with partial rotary.
         original_length: trained length in tokens (L in the papers).
+
+    Raises:
+        OptionError: an odd rotary_dim, frequencies of another number, or numbers that no rotary site can have.
     """
 
     inv_freq: Tensor
@@ -36,6 +40,26 @@ class RotaryGeometry:
     rotary_dim: int
     head_dim: int
     original_length: int
+
+    def __post_init__(self) -> None:
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise OptionError(
+                "rotary dimensions are rotated in pairs", given=self.rotary_dim, allowed="an even number, at least 2"
+            )
+        if self.rotary_dim > self.head_dim:
+            raise OptionError("more rotated dimensions than the head has", given=(self.rotary_dim, self.head_dim))
+        if self.inv_freq.dtype != torch.float32 or tuple(self.inv_freq.shape) != (self.rotary_dim // 2,):
+            raise OptionError(
+                "inv_freq does not fit rotary_dim",
+                given=f"{self.inv_freq.dtype} {list(self.inv_freq.shape)}",
+                allowed=f"torch.float32 [{self.rotary_dim // 2}]",
+            )
+        if not bool(torch.isfinite(self.inv_freq).all()) or bool((self.inv_freq < 0).any()):
+            raise OptionError("inverse frequencies must be finite and not negative", given=self.inv_freq.tolist())
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
+            raise OptionError("rope_theta must be finite and above 1", given=self.rope_theta)
+        if self.original_length < 1:
+            raise OptionError("the trained length must be positive", given=self.original_length, allowed=">= 1 token")
 
 
 @dataclass(frozen=True)
@@ -62,10 +86,13 @@ class Frequencies:
 class MethodOptions(BaseModel):
     """Base of every option schema: unknown names are refused, values are checked, instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: "4" and True are no numbers. Whole numbers still pass as floats.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
-Factor = Annotated[float, Field(ge=1.0, description="target length / trained length")]
+# Far beyond any use, and small enough that no length or base derived from a factor overflows.
+MAX_FACTOR = 1e6
+Factor = Annotated[float, Field(ge=1.0, le=MAX_FACTOR, description="target length / trained length")]
 
 
 class FactorOptions(MethodOptions):
@@ -123,6 +150,22 @@ def frequency_method(
 def scaled_length(geometry: RotaryGeometry, factor: float) -> int:
     """`factor` times the trained length, in whole tokens."""
     return round(geometry.original_length * factor)
+
+
+def implied_length(geometry: RotaryGeometry, log_factor: float) -> int:
+    """The trained length times e^log_factor, in whole tokens, for options that imply a factor.
+
+    Raises:
+        OptionError: the factor would be absurd.
+    """
+    if log_factor > math.log(MAX_FACTOR):
+        raise OptionError(
+            "these options imply an absurd target length",
+            given=f"e^{log_factor:.4g} trained lengths",
+            allowed=f"up to {MAX_FACTOR:g}",
+            hint="pass factor as well, which then states the target length",
+        )
+    return round(geometry.original_length * math.exp(log_factor))
 
 
 def rotations(geometry: RotaryGeometry) -> Tensor:

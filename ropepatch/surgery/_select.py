@@ -8,7 +8,7 @@ from ropepatch.errors import OptionError, UnsupportedModelError, did_you_mean
 from ropepatch.families._site import Site
 from ropepatch.methods._base import FrequencyMethod
 
-_LOCAL = ("sliding_attention", "chunked_attention")
+_LOCAL = ("sliding", "chunked", "local")
 _CHANGEABLE = ("frequencies", "sincos_table")
 
 
@@ -23,6 +23,9 @@ def select_sites(
     """
     text = [site for site in sites if site.part == "text"]
     usable = [site for site in text if site.mechanism in method.mechanisms and site.kind in _CHANGEABLE]
+    fixed = [site for site in text if site.kind == "fixed"]
+    if fixed and not usable:
+        raise UnsupportedModelError(f"the {fixed[0].mechanism} positions of {model_type} cannot be changed: {fixed[0].note}")
     if not usable:
         has = sorted({site.mechanism for site in text} or {site.mechanism for site in sites})
         raise UnsupportedModelError(
@@ -41,5 +44,5 @@ def select_sites(
                 )
         return [site for site in usable if site.layer_type in layer_types]
     # A local layer never sees a distance beyond its window, so stretching it only costs resolution.
-    far = [site for site in usable if site.layer_type not in _LOCAL]
+    far = [site for site in usable if not any(word in (site.layer_type or "") for word in _LOCAL)]
     return far or usable

@@ -2,17 +2,20 @@
 
 A forward of two tokens shows how the model calls its rotary modules; it is stopped as soon as each has been
 called, which in most models is before the first layer. Then each module is asked for positions up to the target
-length, and its answer is held against the closed form.
+length, and its answer is held against the closed form. A finished table has no such answer: there it is enough
+that the module which holds it turns to NaN when the table does.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ropepatch.errors import VerificationError
 from ropepatch.surgery.frequencies import SitePlan
@@ -22,6 +25,10 @@ from ropepatch.surgery.frequencies import SitePlan
 class _Call:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+
+
+# Two tokens reach every rotary module but those that compress a window of tokens first.
+_RUNS = (2, 256)
 
 
 class _AllSeen(BaseException):
@@ -34,11 +41,14 @@ def verify(host: nn.Module, plans: Sequence[SitePlan]) -> None:
     Raises:
         VerificationError: a module was never called, or emits something else.
     """
-    rotary = [item for item in plans if item.site.kind == "frequencies"]
-    for owner, items in _by_owner(host, rotary).items():
-        calls = _record_calls(host.get_submodule(owner), owner, items)
+    for owner, items in _by_owner(host, plans).items():
+        calls = _calls(host.get_submodule(owner), owner, items)
         for item in items:
-            _check(host, item, calls[item.site.path, item.site.layer_type])
+            call = calls[item.site.path, item.site.layer_type]
+            if item.site.kind == "frequencies":
+                _check_emitted(host, item, call)
+            else:
+                _check_read(host, item, call)
 
 
 def _by_owner(host: nn.Module, items: Sequence[SitePlan]) -> dict[str, list[SitePlan]]:
@@ -54,6 +64,18 @@ def _by_owner(host: nn.Module, items: Sequence[SitePlan]) -> dict[str, list[Site
     return owners
 
 
+def _calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
+    if any(isinstance(weight, DTensor) for weight in owner.parameters()):
+        # A sharded model runs only as a whole, on all ranks, and must not be stopped on the way.
+        return {(item.site.path, item.site.layer_type): _usual_call(item) for item in items}
+    return _record_calls(owner, path, items)
+
+
+def _usual_call(item: SitePlan) -> _Call:
+    labels = {"layer_type": item.site.layer_type} if item.site.layer_type else {}
+    return _Call((torch.zeros(1, 2, 1), torch.zeros(1, 2, dtype=torch.long)), labels)
+
+
 def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
     prefix = f"{path}." if path else ""
     wanted = {(item.site.path, item.site.layer_type): item for item in items}
@@ -66,7 +88,7 @@ def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dic
             labels = [label for place, label in wanted if place == site_path]
             spoken = [value for value in (*arguments, *keywords.values()) if isinstance(value, str)]
             for label in labels:
-                if label is None or label in spoken or len(labels) == 1:
+                if label is None or label in spoken:
                     seen.setdefault((site_path, label), _Call(arguments, keywords))
             if len(seen) == len(wanted):
                 raise _AllSeen
@@ -77,18 +99,20 @@ def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dic
         module = owner.get_submodule(site_path.removeprefix(prefix))
         handles.append(module.register_forward_hook(watch(site_path), with_kwargs=True))
     try:
-        run_two_tokens(owner)
+        for length in _RUNS:
+            run_tokens(owner, length)
     except _AllSeen:
         pass
     except Exception as error:
         if len(seen) < len(wanted):
             raise VerificationError(
-                f"the model could not be run on two tokens to see whether the patch takes effect ({error})",
+                f"the model could not be run on a few tokens to see whether the patch takes effect ({error})",
                 hint="pass verify=False and check the model's outputs yourself",
             ) from error
     finally:
         for handle in handles:
             handle.remove()
+    _lend_calls(wanted, seen)
     missing = [item.site.where for key, item in wanted.items() if key not in seen]
     if missing:
         raise VerificationError(
@@ -97,24 +121,54 @@ def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dic
     return seen
 
 
-def run_two_tokens(owner: nn.Module) -> Any:
-    """One forward on token ids 0 and 1, without gradients and without touching the random state."""
+def _lend_calls(wanted: dict[tuple[str, str | None], SitePlan], seen: dict[tuple[str, str | None], _Call]) -> None:
+    """A module that keeps several labels may use only one of them, as long as another module uses the rest."""
+    spoken = {label for _, label in seen}
+    for path, label in wanted.keys() - seen.keys():
+        other = next((key for key in seen if key[0] == path), None)
+        if other is not None and label in spoken:
+            call = seen[other]
+            seen[path, label] = _relabelled(seen[other], other[1], label)
+
+
+def _relabelled(call: _Call, old: str | None, new: str | None) -> _Call:
+    def swap(value: Any) -> Any:
+        return new if isinstance(value, str) and value == old else value
+
+    return _Call(tuple(map(swap, call.arguments)), {name: swap(value) for name, value in call.keywords.items()})
+
+
+def run_tokens(owner: nn.Module, length: int) -> Any:
+    """One forward on `length` token ids, 0 and 1 in turn, without gradients and without touching the random state."""
     config: Any = owner.config
     device = next((tensor.device for tensor in owner.parameters() if not tensor.is_meta), torch.device("cpu"))
-    ids = torch.tensor([[0, 1]], device=device)
+    ids = torch.arange(length, device=device)[None] % 2
     inputs: dict[str, Any] = {"input_ids": ids}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    training = owner.training
+    if "use_cache" in inspect.signature(owner.forward).parameters:
+        inputs["use_cache"] = False
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # forward, not __call__: a compiled call would compile a graph for two tokens.
+        return owner.forward(**inputs)
+
+
+def _check_read(host: nn.Module, item: SitePlan, call: _Call) -> None:
+    module, name = host.get_submodule(item.site.path), item.site.name
+    table: Tensor = getattr(module, name).detach()
+    kept = table.clone()
+    with torch.no_grad(), torch.random.fork_rng(devices=[table.device] if table.is_cuda else []):
+        table.fill_(torch.nan)
         try:
-            # forward, not __call__: a compiled call would compile a graph for two tokens.
-            return owner.forward(**inputs)
+            output = module(*call.arguments, **call.keywords)
         finally:
-            owner.train(training)
+            table.copy_(kept)
+    output = output[0] if isinstance(output, tuple) else output
+    if not output.isnan().any():
+        raise VerificationError(f"{item.site.where} was changed, but the model does not read it")
 
 
-def _check(host: nn.Module, item: SitePlan, call: _Call) -> None:
+def _check_emitted(host: nn.Module, item: SitePlan, call: _Call) -> None:
     module = host.get_submodule(item.site.path)
     last = max(item.result.target_length - 1, 1)
     probe = torch.tensor([1, last])
@@ -136,7 +190,7 @@ def _at(probe: Tensor, value: Any) -> Any:
         return value
     if value.is_floating_point():
         return value.float()
-    return probe.to(value).expand(value.shape) if value.shape[-1:] == (2,) else value
+    return probe.to(value).expand(*value.shape[:-1], 2) if value.dim() else value
 
 
 def _agrees(emitted: Any, angles_PF: Tensor, gain: float) -> bool:

@@ -201,20 +201,30 @@ def _softmax_change(item: SitePlan) -> float:
 
 
 def _apply_config(host: nn.Module, plans: Sequence[SitePlan], changes: list[Change]) -> None:
-    written: set[int] = set()
+    """Write what was done into every config that a changed module holds, and into the model's own."""
+    targets = {item.site.path: item for item in plans if hasattr(host.get_submodule(item.site.path), "config")}
+    main = plans[0]
+    target_length = max(item.result.target_length for item in plans)
     for item in plans:
-        path = item.site.path if hasattr(host.get_submodule(item.site.path), "config") else ""
-        config: Any = config_of(host, host.get_submodule(item.site.path))
-        if path == "" and config is not host.config:
-            continue
-        parameters = getattr(config, "rope_parameters", None)
-        if parameters:
-            new = merged(parameters, item.site.layer_type, spelled(item.geometry, item.result))
-            if new != parameters:
-                changes.append(ConfigChange.apply(host, path, "rope_parameters", new))
-        name = length_name(config)
-        if name and id(config) not in written:
-            target = max(other.result.target_length for other in plans)
-            if getattr(config, name) != target:
-                changes.append(ConfigChange.apply(host, path, name, target))
-            written.add(id(config))
+        path = item.site.path if item.site.path in targets else ""
+        _write_config(host, path, item, spelled(item.geometry, item.result), target_length, changes)
+    root: Any = host.config
+    text = root.get_text_config(decoder=True)
+    if text is root and all(host.get_submodule(path).config is not root for path in targets):
+        # Modules with copies of the config: the model's own is what gets saved. Bases are each copy's own.
+        words = {key: value for key, value in spelled(main.geometry, main.result).items() if key != "rope_theta"}
+        _write_config(host, "", main, words, target_length, changes)
+
+
+def _write_config(
+    host: nn.Module, path: str, item: SitePlan, words: dict[str, Any], target_length: int, changes: list[Change]
+) -> None:
+    config: Any = host.get_submodule(path).config
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters:
+        new = merged(parameters, item.site.layer_type, words)
+        if new != parameters:
+            changes.append(ConfigChange.apply(host, path, "rope_parameters", new))
+    name = length_name(config)
+    if name and getattr(config, name) != target_length:
+        changes.append(ConfigChange.apply(host, path, name, target_length))

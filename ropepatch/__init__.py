@@ -1,0 +1,139 @@
+"""ropepatch: change how far a Hugging Face transformer reaches, in one line, and measure what it did.
+
+    import ropepatch
+
+    model = ropepatch.patch(model, "yarn", factor=4)
+    print(ropepatch.inspect(model))
+    ropepatch.unpatch(model)
+
+Names are loaded on first use (PEP 562), so `import ropepatch` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ropepatch.compat import check_versions
+
+if TYPE_CHECKING:
+    from ropepatch.api import MethodInfo as MethodInfo
+    from ropepatch.api import inspect as inspect
+    from ropepatch.api import methods as methods
+    from ropepatch.api import patch as patch
+    from ropepatch.api import patched as patched
+    from ropepatch.api import record_of as record_of
+    from ropepatch.api import unpatch as unpatch
+    from ropepatch.errors import AlreadyPatchedError as AlreadyPatchedError
+    from ropepatch.errors import AlreadyScaledError as AlreadyScaledError
+    from ropepatch.errors import DependencyError as DependencyError
+    from ropepatch.errors import ModelLoadError as ModelLoadError
+    from ropepatch.errors import NotPatchedError as NotPatchedError
+    from ropepatch.errors import OptionError as OptionError
+    from ropepatch.errors import OutputConflictError as OutputConflictError
+    from ropepatch.errors import OutputError as OutputError
+    from ropepatch.errors import PromptError as PromptError
+    from ropepatch.errors import RecordError as RecordError
+    from ropepatch.errors import RegistryError as RegistryError
+    from ropepatch.errors import RopepatchError as RopepatchError
+    from ropepatch.errors import UnknownNameError as UnknownNameError
+    from ropepatch.errors import UnsupportedModelError as UnsupportedModelError
+    from ropepatch.errors import UsageError as UsageError
+    from ropepatch.errors import VerificationError as VerificationError
+    from ropepatch.evaluation import EvaluationResult as EvaluationResult
+    from ropepatch.evaluation import evaluate as evaluate
+    from ropepatch.evaluation.compare import compare as compare
+    from ropepatch.inspection import Inspection as Inspection
+    from ropepatch.loading import load_model as load_model
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. `methods` is not here: see _MethodsPackage.
+_HOMES = {
+    "AlreadyPatchedError": "ropepatch.errors",
+    "AlreadyScaledError": "ropepatch.errors",
+    "DependencyError": "ropepatch.errors",
+    "EvaluationResult": "ropepatch.evaluation",
+    "Inspection": "ropepatch.inspection",
+    "MethodInfo": "ropepatch.api",
+    "ModelLoadError": "ropepatch.errors",
+    "NotPatchedError": "ropepatch.errors",
+    "OptionError": "ropepatch.errors",
+    "OutputConflictError": "ropepatch.errors",
+    "OutputError": "ropepatch.errors",
+    "PromptError": "ropepatch.errors",
+    "RecordError": "ropepatch.errors",
+    "RegistryError": "ropepatch.errors",
+    "RopepatchError": "ropepatch.errors",
+    "UnknownNameError": "ropepatch.errors",
+    "UnsupportedModelError": "ropepatch.errors",
+    "UsageError": "ropepatch.errors",
+    "VerificationError": "ropepatch.errors",
+    "compare": "ropepatch.evaluation.compare",
+    "evaluate": "ropepatch.evaluation",
+    "inspect": "ropepatch.api",
+    "load_model": "ropepatch.loading",
+    "patch": "ropepatch.api",
+    "patched": "ropepatch.api",
+    "record_of": "ropepatch.api",
+    "unpatch": "ropepatch.api",
+}
+
+__all__ = [
+    "AlreadyPatchedError",
+    "AlreadyScaledError",
+    "DependencyError",
+    "EvaluationResult",
+    "Inspection",
+    "MethodInfo",
+    "ModelLoadError",
+    "NotPatchedError",
+    "OptionError",
+    "OutputConflictError",
+    "OutputError",
+    "PromptError",
+    "RecordError",
+    "RegistryError",
+    "RopepatchError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "compare",
+    "evaluate",
+    "inspect",
+    "load_model",
+    "methods",
+    "patch",
+    "patched",
+    "record_of",
+    "unpatch",
+]
+
+
+class _MethodsPackage(ModuleType):
+    """`ropepatch.methods` is a package of method files and, by contract, a function that lists them: both work."""
+
+    def __call__(self) -> tuple[MethodInfo, ...]:
+        from ropepatch.api import methods
+
+        return methods()
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+check_versions()
+importlib.import_module("ropepatch.methods").__class__ = _MethodsPackage

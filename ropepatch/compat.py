@@ -1,0 +1,54 @@
+"""Every shim for a version of transformers or torch, and the supported range.
+
+Each shim states the condition under which it can be removed. `check_versions` runs at `import ropepatch`, so it asks
+the installed metadata only and imports nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from ropepatch.errors import DependencyError
+
+# Package -> (lowest supported, first unsupported or None). The lowest and the newest transformers are both tested.
+SUPPORTED: dict[str, tuple[str, str | None]] = {
+    "torch": ("2.6", None),
+    "transformers": ("5.6.0", "5.24"),
+}
+
+
+def check_versions() -> None:
+    """Refuse an installed torch or transformers outside the supported range, or a missing one.
+
+    Raises:
+        DependencyError: names what is installed, what is supported and the pip command that repairs it.
+    """
+    for package, (lowest, ceiling) in SUPPORTED.items():
+        wanted = f">={lowest}" + (f",<{ceiling}" if ceiling else "")
+        remedy = f"run: pip install '{package}{wanted}'"
+        try:
+            installed = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            message = f"the package {package} is not installed"
+            raise DependencyError(message, allowed=package + wanted, hint=remedy) from None
+        if not _release(lowest) <= _release(installed) or (ceiling and _release(installed) >= _release(ceiling)):
+            raise DependencyError(
+                f"the installed {package} {installed} is not supported", allowed=package + wanted, hint=remedy
+            )
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, by package: ropepatch, torch, transformers."""
+    import ropepatch
+
+    return {"ropepatch": ropepatch.__version__, **{package: metadata.version(package) for package in sorted(SUPPORTED)}}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numeric release of a version, trailing zeros dropped so that 5 equals 5.0: "5.24.0.dev0" is (5, 24)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in match.group().split(".")] if match else [0]
+    while len(numbers) > 1 and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,319 @@
+"""Scores many prompts at the cost of their distinct tokens.
+
+For every prompt the engine gives what the model generates greedily, and how likely it finds the right answer. Prompt
+and answer are read in one go: the logits over the answer are its teacher-forced score, and as long as the most likely
+token is the answer's, they are also what greedy generation would have produced; only from the first difference on does
+the engine decode token by token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ropepatch.errors import RopepatchError, UnsupportedModelError
+from ropepatch.evaluation.cache import SMALLEST_CHUNK, CacheError, Reader, unheard
+from ropepatch.evaluation.chunked_attention import chunked_attention
+from ropepatch.evaluation.limits import check_length, length_dependent_rope
+from ropepatch.evaluation.plain import full_logits, generate_plain
+from ropepatch.evaluation.prompt import Ids
+from ropepatch.evaluation.trie import Visit, trie_size, walk
+
+DEFAULT_CHUNK = 4096
+_PROBE = 48
+# What models raise when a text is handed to them in pieces and they do not support it.
+_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A prompt and the answer that it should be continued with; token ids, int32, both at least one token."""
+
+    prompt: Ids
+    answer: Ids
+
+    @property
+    def sequence(self) -> Ids:
+        """What has to be read to score the answer: prompt and answer without the answer's last token."""
+        return np.concatenate([self.prompt, self.answer[:-1]])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model made of a query.
+
+    Attributes:
+        index: the query's place in the list that was given.
+        generated: greedy tokens, as far as they were needed.
+        forced: whether every answer token is the most likely one after prompt and preceding answer tokens.
+        logprob: log-probability of the answer given the prompt, in nats, summed over its tokens in float32.
+        elapsed: seconds of work for this query, shared prefixes charged to the query that met them first.
+    """
+
+    index: int
+    generated: list[int]
+    forced: bool
+    logprob: float
+    elapsed: float
+
+
+@dataclass
+class Work:
+    """Tokens, counted.
+
+    Attributes:
+        trie_size: distinct prefixes of the queries' sequences (prompt and answer, without its last token).
+        sum_of_prompts: tokens of these sequences without any sharing.
+        tokens_computed: tokens of them that went through the model.
+        tokens_decoded: further tokens, generated one by one after a wrong answer token.
+    """
+
+    trie_size: int = 0
+    sum_of_prompts: int = 0
+    tokens_computed: int = 0
+    tokens_decoded: int = 0
+
+
+@dataclass
+class Engine:
+    """Runs queries on one model. Use it in a `with` block: it may select a faster exact attention meanwhile.
+
+    Attributes:
+        reuse: whether prefixes are shared; decided by trying on the first prompt's first tokens that a cache which
+            was cut back and extended gives the logits of a plain forward.
+        reason: why not, when they are not.
+        work: tokens counted so far.
+    """
+
+    model: nn.Module
+    chunk_size: int = DEFAULT_CHUNK
+    on_tokens: Callable[[int, int], None] = unheard
+    reuse: bool = field(default=False, init=False)
+    reason: str | None = field(default=None, init=False)
+    work: Work = field(default_factory=Work, init=False)
+
+    def __post_init__(self) -> None:
+        config = getattr(self.model, "config", None)
+        if config is None or getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                "the evaluation needs a decoder-only language model", given=type(self.model).__name__
+            )
+        self._stack = ExitStack()
+        self._reader: Reader | None = None
+        self._decoding = False
+
+    def __enter__(self) -> Engine:
+        self._was_training = self.model.training
+        self.model.eval()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader = None
+        self._stack.close()
+        self.model.train(self._was_training)
+
+    @torch.inference_mode()
+    def prepare(self, queries: Sequence[Query]) -> list[Visit]:
+        """Check the model against the longest query, choose the way, and plan the walk.
+
+        Raises:
+            UnsupportedModelError: a query is longer than the model's table of positions.
+        """
+        longest = max(len(q.prompt) + len(q.answer) - 1 for q in queries)
+        check_length(self.model, longest)
+        rope = length_dependent_rope(self.model, longest)
+        if rope is not None:
+            self.reuse, self.reason = False, f"its {rope} rotary embedding changes with the length of the input"
+        else:
+            self._choose(queries[0].prompt[:_PROBE])
+        visits = walk([q.sequence for q in queries])
+        self.work.trie_size += trie_size(visits)
+        self.work.sum_of_prompts += sum(visit.length * len(visit.members) for visit in visits)
+        return visits
+
+    @torch.inference_mode()
+    def _choose(self, ids: Ids) -> None:
+        """Take the fastest way that agrees with a plain forward."""
+        wanted = full_logits(self.model, ids).float()
+        for fast in (True, False):
+            with ExitStack() as attempt:
+                unmasked = attempt.enter_context(chunked_attention(self.model)) if fast else False
+                if fast and not unmasked:
+                    continue
+                try:
+                    reader = Reader(self.model, chunk_size=self.chunk_size, unmasked=unmasked)
+                    found = _read_in_pieces(reader, ids)
+                except CacheError as error:
+                    self.reason = str(error)
+                    break
+                except _REFUSALS as error:
+                    self.reason = f"it cannot be read in pieces: {type(error).__name__}: {error}"
+                    continue
+                if _agree(found, wanted[-len(found) :], self.model):
+                    reader.reset()
+                    reader.on_tokens = self._count
+                    self._reader, self.reuse, self.reason = reader, True, None
+                    self._stack = attempt.pop_all()
+                    return
+                self.reason = "its logits change when it reads a text in pieces"
+        self.reuse = False
+
+    def run(
+        self,
+        queries: Sequence[Query],
+        *,
+        visits: Sequence[Visit] | None = None,
+        max_new_tokens: int,
+        done: Callable[[list[int]], bool] | None = None,
+        end_tokens: frozenset[int] = frozenset(),
+    ) -> Iterator[Outcome]:
+        """Answer the queries, each yielded as soon as it is done.
+
+        Args:
+            queries: in any order; outcomes come in the order of the walk.
+            visits: what `prepare` returned for them.
+            max_new_tokens: most tokens to generate.
+            done: whether these generated tokens are enough; by default only their number decides.
+            end_tokens: ids that end a text; generation stops after one.
+
+        Raises:
+            RopepatchError: a query does not fit into memory even in small pieces.
+        """
+        stop = _Stop(max_new_tokens, done, end_tokens)
+        for visit in visits if visits is not None else self.prepare(queries):
+            query = queries[visit.members[0]]
+            began = time.perf_counter()
+            generated, forced, logprob = self._answer(query, visit, stop)
+            elapsed = time.perf_counter() - began
+            for index in visit.members:
+                yield Outcome(index, generated, forced, logprob, elapsed)
+                elapsed = 0.0
+
+    @torch.inference_mode()
+    def _answer(self, query: Query, visit: Visit, stop: _Stop) -> tuple[list[int], bool, float]:
+        while True:
+            try:
+                if self._reader is not None:
+                    return self._answer_reusing(self._reader, query, visit.shared, stop)
+                return self._answer_plainly(query, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._smaller_chunks(query, error)
+
+    def _smaller_chunks(self, query: Query, error: BaseException) -> None:
+        """Halve the chunk after running out of memory, or give up."""
+        self._decoding = False
+        if self._reader is None or self._reader.chunk_size <= SMALLEST_CHUNK:
+            raise RopepatchError(
+                f"out of memory on a prompt of {len(query.prompt)} tokens", hint="finished trials are kept"
+            ) from error
+        self._reader.reset()
+        self._reader.chunk_size = max(SMALLEST_CHUNK, min(self._reader.chunk_size, len(query.prompt)) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _answer_reusing(self, reader: Reader, query: Query, shared: int, stop: _Stop) -> tuple[list[int], bool, float]:
+        sequence, end = query.sequence, len(query.prompt)
+        # The prediction of the first answer token is needed, so the prompt's last token is always read.
+        reader.rewind(min(shared, end - 1))
+        logits = reader.extend(sequence[reader.length :], keep=len(sequence) - end + 1)
+        right, logprob = _score(logits, query.answer)
+        if right == len(query.answer):
+            return query.answer.tolist(), True, logprob
+        generated = [*query.answer[:right].tolist(), int(logits[right].argmax())]
+        reader.rewind(end + right)
+        self._decoding = True
+        while not stop(generated):
+            generated.append(int(reader.extend(np.asarray(generated[-1:], dtype=np.int32), keep=1)[0].argmax()))
+        self._decoding = False
+        # What was generated is no part of the next sequence.
+        reader.rewind(end)
+        return generated, False, logprob
+
+    def _answer_plainly(self, query: Query, stop: _Stop) -> tuple[list[int], bool, float]:
+        generated, logits = generate_plain(
+            self.model, query.prompt, stop, max_new_tokens=stop.max_new_tokens, end_tokens=stop.end_tokens
+        )
+        self._count(0, len(query.prompt) + min(len(generated), len(query.answer)) - 1)
+        self.work.tokens_decoded += max(0, len(generated) - len(query.answer))
+        if generated[: len(query.answer)] == query.answer.tolist():
+            return generated, True, _score(logits[: len(query.answer)], query.answer)[1]
+        forced = full_logits(self.model, query.sequence, keep=len(query.answer))
+        self._count(0, len(query.sequence))
+        right, logprob = _score(forced, query.answer)
+        return generated, right == len(query.answer), logprob
+
+    def _count(self, start: int, end: int) -> None:
+        if self._decoding:
+            self.work.tokens_decoded += end - start
+        else:
+            self.work.tokens_computed += end - start
+            self.on_tokens(start, end)
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """When generation has gone far enough."""
+
+    max_new_tokens: int
+    done: Callable[[list[int]], bool] | None
+    end_tokens: frozenset[int]
+
+    def __call__(self, generated: list[int]) -> bool:
+        if len(generated) >= self.max_new_tokens or generated[-1] in self.end_tokens:
+            return True
+        return self.done is not None and self.done(generated)
+
+
+def _score(logits: torch.Tensor, answer: Ids) -> tuple[int, float]:
+    """How many leading answer tokens are the most likely ones, and the answer's log-probability.
+
+    Args:
+        logits: the predictions of the answer's tokens, [len(answer), vocabulary].
+    """
+    target = torch.from_numpy(answer.astype("int64")).to(logits.device)
+    wrong = (logits.argmax(-1) != target).nonzero()
+    logprob = torch.log_softmax(logits.float(), dim=-1).gather(1, target.unsqueeze(1)).sum()
+    return int(wrong[0]) if wrong.numel() else len(answer), float(logprob)
+
+
+def _read_in_pieces(reader: Reader, ids: Ids) -> torch.Tensor:
+    """The logits of the last tokens, after reading, cutting back and reading on."""
+    n = len(ids)
+    reader.extend(ids[: n // 3], keep=1)
+    reader.extend(ids[n // 3 : n - n // 6], keep=1)
+    reader.rewind(n // 2)
+    return reader.extend(ids[n // 2 :], keep=n - n // 2).float()
+
+
+def _agree(found: torch.Tensor, wanted: torch.Tensor, model: nn.Module) -> bool:
+    """Whether two sets of logits differ by rounding only: relative to how much the logits vary."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    spread = (wanted - wanted.mean(-1, keepdim=True)).norm()
+    return bool((found - wanted).norm() <= tolerance * spread)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in text for words in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The ids at which the model's own generation config ends a text."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = model.config.eos_token_id if hasattr(model.config, "eos_token_id") else None
+    if ids is None:
+        return frozenset()
+    return frozenset(ids) if isinstance(ids, (list, tuple)) else frozenset([ids])

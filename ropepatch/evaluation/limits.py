@@ -1,0 +1,57 @@
+"""How long an input a model can take, and whether its positions depend on the input's length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ropepatch.errors import UnsupportedModelError
+
+_TABLES = frozenset(
+    {"wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_emb", "embed_position"}
+)
+_LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+
+
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Refuse an input that is longer than the model's table of learned positions.
+
+    Raises:
+        UnsupportedModelError: names the table and its length.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding):
+            length = module.num_embeddings - int(getattr(module, "offset", 0) or 0)
+            if tokens > length:
+                raise UnsupportedModelError(
+                    f"the model has positions for {length} tokens only ({name})",
+                    given=f"{tokens} tokens, answer included",
+                    hint="evaluate shorter lengths, or extend the table first",
+                )
+
+
+def length_dependent_rope(model: Any, tokens: int) -> str | None:
+    """The name of a native rotary scaling that looks at the length of the input, if `tokens` is enough to trigger it.
+
+    Such a model (transformers' `dynamic` and `longrope`) gives other logits when it reads a text in pieces, so what it
+    has read cannot be reused.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for scaling in _scalings(getattr(config, "rope_parameters", None)):
+        kind = scaling.get("rope_type")
+        if kind in _LENGTH_DEPENDENT:
+            lengths = (scaling.get("original_max_position_embeddings"), config.max_position_embeddings)
+            if tokens > min(length for length in lengths if length is not None):
+                return str(kind)
+    return None
+
+
+def _scalings(parameters: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(parameters, dict):
+        if "rope_type" in parameters:
+            yield parameters
+        else:  # one set for each layer type
+            for inner in parameters.values():
+                yield from _scalings(inner)

@@ -1,0 +1,101 @@
+"""From trials to a summary: a cell for each length and depth, a row for each length, and how far the model reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ropepatch.evaluation.scoring import (
+    RULER_THRESHOLD,
+    SELF_RELATIVE_SHARE,
+    effective_length,
+    self_relative_length,
+    wilson_interval,
+)
+
+Row = Mapping[str, Any]
+
+
+def summarise(
+    rows: list[dict[str, Any]], configuration: dict[str, Any], *, title: str | None = None
+) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    Args:
+        rows: finished trials, each with `length` (tokens), `depth` (0..1), `correct` (0..1) and, where the task has
+            them, `forced` (0..1) and `logprob` (summed over the answer tokens, nats).
+        configuration: what was asked; names the patch and the trained length.
+        title: what to call the run; default by its patch.
+
+    Returns:
+        Plain data: `task`, `title`, `trained_length` (tokens or None), `trials`, `cells` and `by_length` (each entry
+        with `n`, `accuracy`, `ci_low`, `ci_high`: a 95 % Wilson interval), `effective_length` and
+        `effective_length_relative` (tokens, or None when even the shortest length fails) with their thresholds.
+    """
+    cells = [
+        {"length": length, "depth": depth, **_scores(group)}
+        for (length, depth), group in _grouped(rows, lambda row: (row["length"], row["depth"]))
+    ]
+    by_length = [
+        {"length": length, **_scores(group)} for length, group in _grouped(rows, lambda row: row["length"])
+    ]
+    return {
+        "task": rows[0].get("task") if rows else configuration.get("suite"),
+        "title": run_title(configuration) if title is None else title,
+        "trained_length": trained_length(configuration),
+        "trials": len(rows),
+        "cells": cells,
+        "by_length": by_length,
+        "effective_length": effective_length(by_length),
+        "effective_length_threshold": RULER_THRESHOLD,
+        "effective_length_relative": self_relative_length(by_length),
+        "effective_length_relative_share": SELF_RELATIVE_SHARE,
+    }
+
+
+def run_title(configuration: Mapping[str, Any]) -> str:
+    """What a run is called in tables and figures: "unpatched", or its method with the options that are not default."""
+    patch = configuration.get("patch")
+    if not patch:
+        return "unpatched"
+    import ropepatch
+
+    known = next((method for method in ropepatch.methods() if method.name == patch["method"]), None)
+    defaults = {option["name"]: option["default"] for option in known.options} if known else {}
+    options = ", ".join(
+        f"{name} {value}"
+        for name, value in patch.get("options", {}).items()
+        if value is not None and (name not in defaults or defaults[name] != value)
+    )
+    return f"{patch['method']} ({options})" if options else str(patch["method"])
+
+
+def trained_length(configuration: Mapping[str, Any]) -> int | None:
+    """The trained length in tokens, where the run recorded it."""
+    patch = configuration.get("patch") or {}
+    length = configuration.get("trained_length") or patch.get("original_length")
+    return None if length is None else int(length)
+
+
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return sorted(groups.items())
+
+
+def _scores(rows: list[Row]) -> dict[str, Any]:
+    scores = _score([row["correct"] for row in rows])
+    forced = [row["forced"] for row in rows if row.get("forced") is not None]
+    if forced:
+        scores |= {f"forced_{name}": value for name, value in _score(forced).items() if name != "n"}
+    logprobs = [row["logprob"] for row in rows if row.get("logprob") is not None]
+    if logprobs:
+        scores["mean_logprob"] = sum(logprobs) / len(logprobs)
+    return scores
+
+
+def _score(values: list[float]) -> dict[str, Any]:
+    total, n = float(sum(values)), len(values)
+    low, high = wilson_interval(total, n)
+    return {"n": n, "accuracy": total / n, "ci_low": low, "ci_high": high}

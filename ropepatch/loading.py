@@ -1,0 +1,144 @@
+"""A model and its tokenizer by name: `demo:smollm2`, a folder or a hub id. What cannot be loaded is one clear error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ropepatch.errors import ModelLoadError, OptionError, RopepatchError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO_MODELS = ("demo:smollm2",)
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+class LoadedModel(NamedTuple):
+    """What `load_model` returns; unpacks as (model, tokenizer)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> LoadedModel:
+    """Load a causal language model for evaluation: in eval mode, on the accelerator if there is one, else on the CPU.
+
+    Args:
+        name_or_path: `demo:smollm2`, a folder with config, weights and tokenizer, or a hub id.
+        dtype: of the weights: "float32", "bfloat16", or "auto" (the default), which is bfloat16 where the processor
+            computes in it and float32 elsewhere. `inv_freq` stays float32.
+
+    Raises:
+        ModelLoadError: the folder or hub model is missing, incomplete or corrupt.
+        UnknownNameError: no such demo model.
+        DependencyError: the demo model's package is not installed.
+        OptionError: another dtype.
+    """
+    kind = resolve_dtype(dtype)
+    source = model_source(name_or_path)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Mismatched sizes are refused below, with their names: transformers' own error only points at its log.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=kind, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except RopepatchError:
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers and huggingface_hub raise a dozen types
+        raise ModelLoadError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    # transformers fills what is missing with random numbers and only logs it.
+    lacking = sorted(map(str, loading["missing_keys"])) + sorted(str(key[0]) for key in loading["mismatched_keys"])
+    if lacking:
+        raise ModelLoadError(
+            f"cannot load {name_or_path}: tensors are missing from its weights, or have another shape: "
+            + ", ".join(lacking[:3])
+            + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        )
+    return LoadedModel(model.to(_device()).eval(), tokenizer)
+
+
+def model_source(name_or_path: str | os.PathLike[str]) -> str:
+    """What transformers is to load: the folder, converted first for a demo model, or the hub id.
+
+    Raises:
+        ModelLoadError: a folder that does not exist or holds no model.
+        UnknownNameError: no such demo model.
+        DependencyError: the demo model's package is not installed.
+    """
+    name = os.fspath(name_or_path)
+    if name.startswith("demo:"):
+        if name not in DEMO_MODELS:
+            raise unknown_name("demo model", name, DEMO_MODELS)
+        from ropepatch.demo_model import demo_model_path
+
+        return str(demo_model_path())
+    path = Path(os.path.expanduser(name))
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(f"the folder {path} holds no model: it has no config.json")
+        return str(path)
+    if path.is_file() or not _looks_like_hub_id(name):
+        raise ModelLoadError(
+            f"the path {name!r} is not a model folder" + ("" if path.is_file() else ": there is no such folder"),
+            allowed=("a folder", "a hub id such as owner/name", *DEMO_MODELS),
+        )
+    return name
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype that a name means; "auto" and None choose by the processor.
+
+    Raises:
+        OptionError: not one of "auto", "bfloat16", "float32".
+    """
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    match dtype:
+        case None | "auto":
+            return torch.bfloat16 if _computes_in_bfloat16() else torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "float32":
+            return torch.float32
+    raise OptionError("unknown dtype", given=dtype, allowed=DTYPES)
+
+
+def _computes_in_bfloat16() -> bool:
+    """Whether bfloat16 is a native format here: emulated, it is slower than float32."""
+    import torch
+
+    device = _device().type
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _device() -> torch.device:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return bool(name) and name.count("/") <= 1 and name[0] not in "./~" and "\\" not in name and not name.endswith("/")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".: ") if lines else type(error).__name__

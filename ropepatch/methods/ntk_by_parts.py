@@ -1,0 +1,62 @@
+"""NTK-by-parts: interpolate the planes that never complete a turn in training, leave the fast ones alone."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ropepatch.methods._base import (
+    FactorOptions,
+    Frequencies,
+    RotaryGeometry,
+    blend,
+    frequency_method,
+    rotations,
+    scaled_length,
+)
+
+
+class NtkByPartsOptions(FactorOptions):
+    """Options of `ntk_by_parts`."""
+
+    beta_fast: float = Field(
+        default=32.0, gt=0, description="planes that turn more often than this over the trained length are left alone"
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, description="planes that turn less often than this are divided by the whole factor"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow={self.beta_slow:g} must be below beta_fast={self.beta_fast:g}")
+        return self
+
+
+@frequency_method(
+    "ntk_by_parts",
+    options=NtkByPartsOptions,
+    paper="arXiv 2309.00071, section 3.2",
+    summary="interpolate slow planes, keep fast ones, ramp over rotations between; no gain",
+    rope_type="llama3",
+)
+def ntk_by_parts(geometry: RotaryGeometry, options: NtkByPartsOptions) -> Frequencies:
+    """(1 - w_i) f_i / s + w_i f_i with w_i = (r_i - beta_slow) / (beta_fast - beta_slow) cut to [0, 1].
+
+    r_i = L f_i / 2 pi counts the turns of plane i over the trained length. The ramp is linear in r_i, as the
+    paper writes it; `yarn` with attention_factor=1 has the ramp of YaRN's code, linear in the index. In
+    transformers' words this is `llama3`, whose ramp is the same with other default ends.
+    """
+    base = geometry.inv_freq.double()
+    weight = (rotations(geometry) - options.beta_slow) / (options.beta_fast - options.beta_slow)
+    return Frequencies(
+        inv_freq=blend(base / options.factor, base, weight.clamp(0, 1)).float(),
+        target_length=scaled_length(geometry, options.factor),
+        rope_parameters={
+            "rope_type": "llama3",
+            "factor": options.factor,
+            "low_freq_factor": options.beta_slow,
+            "high_freq_factor": options.beta_fast,
+        },
+    )

@@ -1,0 +1,89 @@
+"""YaRN: by parts over the index of the plane, and a gain that sharpens attention at length."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ropepatch.methods._base import (
+    FactorOptions,
+    Frequencies,
+    RotaryGeometry,
+    blend,
+    frequency_method,
+    scaled_length,
+)
+from ropepatch.methods._ramp import correction_range, index_ramp, yarn_gain
+
+
+class YarnOptions(FactorOptions):
+    """Options of `yarn`, named as in transformers."""
+
+    beta_fast: float = Field(
+        default=32.0, gt=0, description="planes that turn more often than this over the trained length are left alone"
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, description="planes that turn less often than this are divided by the whole factor"
+    )
+    truncate: bool = Field(default=True, description="widen the ramp to whole plane indices, as YaRN's code does")
+    attention_factor: float | None = Field(
+        default=None, gt=0, description="gain on cos and sin; by default 0.1 ln(factor) + 1, or what mscale says"
+    )
+    mscale: float | None = Field(
+        default=None,
+        gt=0,
+        description="DeepSeek's form, with mscale_all_dim: the gain is "
+        "(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)",
+    )
+    mscale_all_dim: float | None = Field(
+        default=None,
+        gt=0,
+        description="DeepSeek's form: attention modules that know it also multiply their softmax scale by "
+        "(0.1 mscale_all_dim ln(factor) + 1) squared",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        if self.beta_slow >= self.beta_fast:
+            problems.append(f"beta_slow={self.beta_slow:g} must be below beta_fast={self.beta_fast:g}")
+        if self.mscale is not None and self.mscale_all_dim is None:
+            problems.append("mscale has no effect without mscale_all_dim: give both or attention_factor")
+        if self.mscale is not None and self.attention_factor is not None:
+            problems.append("attention_factor would override mscale: give one of the two")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+@frequency_method(
+    "yarn",
+    options=YarnOptions,
+    paper="arXiv 2309.00071",
+    summary="interpolate slow planes, keep fast ones, ramp over the index between; gain 0.1 ln(factor) + 1",
+    rope_type="yarn",
+)
+def yarn(geometry: RotaryGeometry, options: YarnOptions) -> Frequencies:
+    """f_i / s w_i + f_i (1 - w_i), w the ramp of the plane's index over the correction range; gain on cos and sin.
+
+    The gain acts on queries and on keys, so attention logits scale by its square, and only those parts of
+    them that come from rotated dimensions. Follows transformers' `_compute_yarn_parameters`.
+    """
+    low, high = correction_range(geometry, options.beta_fast, options.beta_slow, options.truncate)
+    base = geometry.inv_freq.double()
+    return Frequencies(
+        inv_freq=blend(base, base / options.factor, index_ramp(geometry, low, high)).float(),
+        target_length=scaled_length(geometry, options.factor),
+        attention_scaling=_gain(options),
+        softmax_gain=yarn_gain(options.factor, options.mscale_all_dim) ** 2 if options.mscale_all_dim else 1.0,
+        rope_parameters={"rope_type": "yarn", **options.model_dump(exclude_defaults=True)},
+    )
+
+
+def _gain(options: YarnOptions) -> float:
+    if options.attention_factor is not None:
+        return options.attention_factor
+    if options.mscale is not None and options.mscale_all_dim is not None:
+        return yarn_gain(options.factor, options.mscale) / yarn_gain(options.factor, options.mscale_all_dim)
+    return yarn_gain(options.factor)

@@ -1,0 +1,131 @@
+"""The HTML report: self-contained, escaped, and saying what the run says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_runs import YARN, make_run, trials
+
+from ropepatch.evaluation.compare import compare
+from ropepatch.evaluation.report import comparison_report
+
+EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\""
+
+
+class Page(HTMLParser):
+    """Elements, their attributes, and the text of cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self._cell: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.tables[-1][-1].append("".join(self._cell))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+def report_of(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> Page:
+    return Page((make_run(tmp_path / "run", rows, finalize=True, **changes) / "report.html").read_text("utf-8"))
+
+
+def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
+    page = report_of(tmp_path, trials(lambda *_: 1.0))
+    sources = [value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")]
+    assert len(sources) == 1
+    assert sources[0] is not None
+    assert sources[0].startswith("data:image/png;base64,")
+    assert base64.b64decode(sources[0].partition(",")[2]) == (tmp_path / "run" / "heatmap.png").read_bytes()
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
+    html = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert not re.search(r"url\(|@import|https?://", html)
+
+
+def test_tables_hold_the_summary(tmp_path: Path) -> None:
+    page = report_of(tmp_path, trials(lambda length, *_: float(length <= 64)))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    by_length, cells = page.tables[0][1:], page.tables[1][1:]
+    assert [row[:3] for row in by_length] == [["32", "6", "1.000"], ["64", "6", "1.000"], ["128", "6", "0.000"]]
+    assert by_length[2][3] == f"0.000 – {summary['by_length'][2]['ci_high']:.3f}"
+    assert len(cells) == len(summary["cells"]) == 9
+    assert "64 tokens" in page.text
+
+
+def test_failures_are_sampled_over_the_grid(tmp_path: Path) -> None:
+    page = report_of(tmp_path, trials(lambda length, *_: float(length == 64), n=10))
+    failures = page.tables[2][1:]
+    assert len(failures) == 8
+    assert {row[0] for row in failures} == {"32", "128"}
+    assert all(row[4] == "99999" for row in failures)
+    assert "8 of 60 wrong trials (of 90 in all)" in page.text
+
+
+def test_a_perfect_run_says_so(tmp_path: Path) -> None:
+    assert "every trial was right" in report_of(tmp_path, trials(lambda *_: 1.0)).text
+
+
+def test_everything_shown_is_escaped(tmp_path: Path) -> None:
+    patch = {**YARN, "options": {"factor": EVIL}}
+    page = report_of(tmp_path, trials(lambda *_: 0.0, output=EVIL, answer=EVIL), model=EVIL, text=EVIL, patch=patch)
+    tags = [tag for tag, _ in page.elements]
+    assert (tags.count("script"), tags.count("img")) == (1, 1)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert all(row[4] == EVIL for row in page.tables[2][1:])
+    assert page.text.count(EVIL) > 10
+
+
+def test_patch_and_configuration_are_shown(tmp_path: Path) -> None:
+    page = report_of(tmp_path, trials(lambda *_: 1.0), patch=YARN, seed=1234)
+    for words in ("yarn (factor 2.0)", "options.factor", "model.rotary_emb", "1234", "chat_template"):
+        assert words in page.text
+    assert "the model as it was loaded" in report_of(tmp_path / "b", trials(lambda *_: 1.0)).text
+
+
+def test_a_long_output_is_cut(tmp_path: Path) -> None:
+    page = report_of(tmp_path, trials(lambda *_: 0.0, output="y" * 5000))
+    assert "y" * 300 in page.text
+    assert "y" * 301 not in page.text
+
+
+def test_the_comparison_page_holds_all_runs(tmp_path: Path) -> None:
+    before = make_run(tmp_path / "before", trials(lambda length, *_: float(length <= 64)))
+    after = make_run(tmp_path / "after", trials(lambda *_: 1.0), patch=YARN, model=EVIL)
+    page = Page(comparison_report(compare([before, after]), b"\x89PNG", title="A & B"))
+    assert [row[:2] for row in page.tables[0][1:]] == [["before", "unpatched"], ["after", "yarn (factor 2.0)"]]
+    last = page.tables[1][-1]
+    assert last[:4] == ["128", "after", "6", "1.000"]
+    assert last[5:] == ["+1.000", "6", "0", "0.0312"]
+    assert "A & B" in page.text
+    assert [tag for tag, _ in page.elements].count("script") == 1
+
+
+@pytest.mark.parametrize("lengths", [(32,), (32, 64)])
+def test_sections_come_in_order(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    text = report_of(tmp_path, trials(lambda *_: 1.0, lengths=lengths)).text
+    headings = ["Accuracy by prompt length", "Accuracy by length and depth", "Cells", "Failures", "Patch"]
+    places = [text.index(heading) for heading in headings]
+    assert places == sorted(places)
