@@ -124,9 +124,7 @@ def patch(
             hint="call ropepatch.unpatch(model) first",
         )
     sites = select_sites(discover(host), entry, layer_types, host.config.model_type)
-    plans = frequencies.plan(
-        host, sites, entry, parsed, original_length=original_length, on_scaled=on_scaled
-    )
+    plans = frequencies.plan(host, sites, entry, parsed, original_length=original_length, on_scaled=on_scaled)
     changes = frequencies.apply(host, plans)
     try:
         if verify:
@@ -195,8 +193,12 @@ def inspect(model: nn.Module) -> Inspection:
     record = _find_record(host)[1]
     sites = discover(host)
     text = [site for site in sites if site.part == "text"] or list(sites)
-    scaling = next((found for site in text if site.kind == "frequencies" and (found := native_scaling(host, site))), None)
+    scaling = next(
+        (found for site in text if site.kind == "frequencies" and (found := native_scaling(host, site))), None
+    )
     config = config_of(host, host.get_submodule(text[0].path))
+    trained: int | None
+    target: int | None
     if record:
         trained, target = record.original_length, record.target_length
         scaling = None if record.on_scaled != "multiply" else scaling
@@ -212,7 +214,7 @@ def inspect(model: nn.Module) -> Inspection:
         target_length=target,
         native_scaling=str(scaling["rope_type"]) if scaling else None,
         sites=tuple(site.to_dict() for site in sites),
-        warnings=tuple(warnings_of(host, sites, record)),
+        warnings=tuple(warnings_of(sites, record)),
     )
 
 

@@ -60,7 +60,7 @@ class RopepatchError(Exception):
         if self.given is not None:
             parts.append(f"given: {self.given!r}")
         if self.allowed is not None:
-            allowed = self.allowed if isinstance(self.allowed, str) else ", ".join(map(str, self.allowed))
+            allowed = self.allowed if isinstance(self.allowed, str) else _listing(self.allowed)
             parts.append(f"allowed: {allowed}")
         if self.hint:
             parts.append(self.hint)
@@ -71,6 +71,11 @@ class RopepatchError(Exception):
         return _rebuild, (type(self), self.message, self.given, self.allowed, self.hint)
 
 
+def _listing(names: tuple[Any, ...], most: int = 40) -> str:
+    shown = ", ".join(map(str, names[:most]))
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
+
+
 def _sentence(text: str) -> str:
     text = text.strip()
     first = text.split(maxsplit=1)[0] if text else ""
@@ -79,9 +84,7 @@ def _sentence(text: str) -> str:
     return text + ("" if text.endswith(("?", ".", "!")) else ".")
 
 
-def _rebuild(
-    cls: type[RopepatchError], message: str, given: Any, allowed: Any, hint: str | None
-) -> RopepatchError:
+def _rebuild(cls: type[RopepatchError], message: str, given: Any, allowed: Any, hint: str | None) -> RopepatchError:
     return cls(message, given=given, allowed=allowed, hint=hint)
 
 

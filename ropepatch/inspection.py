@@ -87,7 +87,10 @@ def _site_table(sites: tuple[dict[str, Any], ...]) -> list[str]:
     header = ["site" if name == "path" else name for name in columns]
     rows = [[_cell(site, name) for name in columns] for site in _grouped(sites)]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(columns))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
 
 
 def _cell(site: dict[str, Any], name: str) -> str:

@@ -62,7 +62,9 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def compare(model: Any, name: str, options: dict[str, Any], run: Callable[[], None], rounds: int) -> tuple[float, float]:
+def compare(
+    model: Any, name: str, options: dict[str, Any], run: Callable[[], None], rounds: int
+) -> tuple[float, float]:
     """Medians of unpatched and patched seconds over interleaved rounds."""
     times: dict[bool, list[float]] = {False: [], True: []}
     run()
@@ -95,9 +97,11 @@ def main() -> None:
         f"prefill {long}": prefill(model, long),
         f"8 decode steps at {cached}": decode(model, cached),
     }
-    names = arguments.methods.split(",") if arguments.methods else [
-        method.name for method in ropepatch.methods() if method.seam == "frequencies"
-    ]
+    names = (
+        arguments.methods.split(",")
+        if arguments.methods
+        else [method.name for method in ropepatch.methods() if method.seam == "frequencies"]
+    )
     rows = []
     print("| method | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
     for name in names:
@@ -108,8 +112,10 @@ def main() -> None:
             cells.append(f"{patched / plain:.3f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{arguments.model}, {arguments.dtype}, {arguments.rounds} rounds, {torch.get_num_threads()} threads, "
-          f"peak {peak:.2f} GiB, {versions()}")
+    print(
+        f"\n{arguments.model}, {arguments.dtype}, {arguments.rounds} rounds, {torch.get_num_threads()} threads, "
+        f"peak {peak:.2f} GiB, {versions()}"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
 

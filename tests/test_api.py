@@ -134,7 +134,12 @@ def test_what_is_no_model_is_refused(thing: Any) -> None:
 
 def test_a_native_scaling_needs_a_word() -> None:
     length = tiny_model("llama").config.max_position_embeddings
-    native = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": length // 2}
+    native = {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": length // 2,
+    }
     model = tiny_model("llama", rope_parameters=native)
     before = frozen(model)
     assert ropepatch.inspect(model).native_scaling == "yarn"

@@ -27,9 +27,7 @@ def test_the_shown_method_works_as_shown(tmp_path: Path) -> None:
         f"import ropepatch.methods\nropepatch.methods.__path__.append({str(extra)!r})\n", encoding="utf-8"
     )
     (tmp_path / "test_found.py").write_text(
-        "import ropepatch\n"
-        "def test_found():\n"
-        "    assert 'hard_parts' in [info.name for info in ropepatch.methods()]\n",
+        "import ropepatch\ndef test_found():\n    assert 'hard_parts' in [info.name for info in ropepatch.methods()]\n",
         encoding="utf-8",
     )
     done = subprocess.run(

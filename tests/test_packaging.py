@@ -68,9 +68,7 @@ def test_constraints_lie_in_the_supported_range(monkeypatch: pytest.MonkeyPatch)
         ("torch", "2.5.1+cu121"),
     ],
 )
-def test_a_version_outside_the_range_is_refused(
-    package: str, installed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_outside_the_range_is_refused(package: str, installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: {**pins(), package: installed}[name])
     with pytest.raises(DependencyError) as caught:
         compat.check_versions()
@@ -190,4 +188,5 @@ def test_the_readme_states_the_supported_range() -> None:
     assert ceiling is not None
     newest = f"5.{int(ceiling.split('.')[1]) - 1}"
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"transformers {lowest.removesuffix('.0')} to {newest} and torch {compat.SUPPORTED['torch'][0]} or newer" in text
+    torch_lowest = compat.SUPPORTED["torch"][0]
+    assert f"transformers {lowest.removesuffix('.0')} to {newest} and torch {torch_lowest} or newer" in text

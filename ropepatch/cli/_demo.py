@@ -89,9 +89,9 @@ def run_demo(
     require_matplotlib()
     grid = grid or Grid()
     console = console or Console()
-    console.print(f"loading {model_name} (the first time it is converted, which takes about half a minute)")
+    console.print(f"loading {model_name} (converted once, which takes about half a minute)", highlight=False)
     model, tokenizer = load_model(model_name, dtype=dtype)
-    console.print(str(ropepatch.inspect(model)), markup=False, highlight=False)
+    console.print(str(ropepatch.inspect(model)), markup=False, highlight=False, soft_wrap=True)
 
     clock = _Clock(minutes)
     done: list[Setting] = []
@@ -103,7 +103,7 @@ def run_demo(
             )
             break
         console.rule(f"run {number} of {len(settings)}: {setting.name}{clock.left(len(settings) - number + 1)}")
-        with clock.run():
+        with clock:
             result = _measure(model, tokenizer, setting, grid, output / setting.name, model_name, console)
         console.print(_sentence(result), highlight=False)
         done.append(setting)
@@ -141,15 +141,12 @@ def _measure(
 
 
 class _Clock:
-    """How long the runs take, and whether there is time for another one like the slowest so far."""
+    """How long the runs take, each timed by a `with`, and whether there is time for one more like the slowest."""
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
         self._longest = 0.0
         self._began = 0.0
-
-    def run(self) -> _Clock:
-        return self
 
     def __enter__(self) -> None:
         self._began = time.monotonic()

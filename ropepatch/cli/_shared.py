@@ -59,7 +59,7 @@ def print_json(document: Any) -> None:
 
 
 def parse_settings(items: list[str] | None) -> dict[str, Any]:
-    """The options that repeated `--set K=V` spell: `["factor=4", "truncate=false"]` is `{"factor": 4, "truncate": False}`.
+    """The options that repeated `--set K=V` spell: `["factor=4", "truncate=false"]` gives factor 4, truncate False.
 
     Values are JSON scalars or lists (`[1, 2.5]`); true, false, none and null in any case; other numbers that Python
     reads (`.5`); anything else is a string.

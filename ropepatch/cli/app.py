@@ -44,7 +44,7 @@ class LazyGroup(typer.core.TyperGroup):
         if args[0] not in VERBS and not args[0].startswith("-"):
             raise unknown_name("command", args[0], VERBS)
         name, stub, rest = super().resolve_command(ctx, args)
-        return name, None if stub is None else load_verb(stub.name), rest
+        return name, stub if name is None else load_verb(name), rest
 
     def invoke(self, ctx: Any) -> Any:
         with error_boundary(debug=bool(ctx.params.get("debug"))):

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def main(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="passkey, or the path of a YAML file.", show_default=False)],
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="passkey, or the path of a YAML file.", show_default=False)
+    ],
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP, show_default=False)],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the results.", show_default=False)

@@ -50,4 +50,3 @@ def main(
         print_json(found.to_dict())
     else:
         typer.echo(str(found))
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def main(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show this method only, by name or alias.", show_default=False)
+        str | None, typer.Argument(metavar="[NAME]", help="Show this method only (or by alias).", show_default=False)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,16 +56,16 @@ def _describe(info: MethodInfo) -> str:
         ("paper", info.paper),
         ("transformers", f"rope_type {info.rope_type}" if info.rope_type else "no word for it"),
     ]
-    options = [("option", "type", "default", "help")]
-    options += [(o["name"], o["type"], _default(o), o["help"] or "") for o in info.options]
-    return "\n".join([info.summary, "", _table(facts), "", _table(options)])
+    return "\n".join([info.summary, "", _table(facts), "", "options", *map(_option, info.options)])
 
 
-def _default(option: dict[str, Any]) -> str:
-    return "required" if option.get("required") else str(option["default"])
+def _option(option: dict[str, Any]) -> str:
+    fate = "required" if option["required"] else f"default {option['default']}"
+    help_text = textwrap.fill(option["help"], width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return f"  {option['name']} ({option['type']}, {fate})\n{help_text}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -17,7 +17,8 @@ def main(
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of: {', '.join(KINDS)}.", show_default=False)],
     folders: Annotated[list[Path], typer.Argument(metavar="DIR ...", help="Output folders of evaluations.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write it: .png or .svg.", show_default=False)
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write it: .png or .svg.", show_default=False),
     ],
 ) -> None:
     """Draw a figure from one or several evaluation folders, side by side on one scale.

@@ -93,16 +93,12 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose columns sort at a click on their heading."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def definitions(values: Mapping[str, Any]) -> str:
     """Names and values; a nested mapping is written with dots ("patch.options.factor")."""
-    entries = "\n".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in _flat(values)
-    )
+    entries = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in _flat(values))
     return f"<dl>\n{entries}\n</dl>"
 
 

@@ -33,8 +33,8 @@ class Run:
 
     @property
     def heading(self) -> str:
-        """Name and title in one."""
-        return self.name if self.name == self.title else f"{self.name}: {self.title}"
+        """Name and title in one; the name alone says nothing more when the title begins with it."""
+        return self.title if self.title.startswith(self.name) else f"{self.name}: {self.title}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Comparison:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="accuracy [95 % interval] and difference to the first run", show_lines=True)
+        table = Table(title="accuracy, [95 % interval], difference to the first run", show_lines=True)
         table.add_column("length", justify="right")
         for run in self.runs:
             table.add_column(Text(run.heading))
@@ -236,10 +236,10 @@ def _by_key(rows: list[Row]) -> dict[tuple[int, float, int], Row]:
 def _cell(row: ComparisonRow | None) -> str:
     if row is None:
         return "–"
-    text = f"{row.accuracy:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}] n={row.n}"
-    if row.difference is None:
-        return text
-    return f"{text}\n{row.difference:+.2f} on {row.shared} shared, p={row.p_value:.2g}"
+    lines = [f"{row.accuracy:.2f}  n={row.n}", f"[{row.ci_low:.2f}, {row.ci_high:.2f}]"]
+    if row.difference is not None:
+        lines.append(f"{row.difference:+.2f} on {row.shared}  p={row.p_value:.2g}")
+    return "\n".join(lines)
 
 
 def _tokens(length: int | None) -> str:

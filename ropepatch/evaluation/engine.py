@@ -71,7 +71,8 @@ class Work:
     Attributes:
         trie_size: distinct prefixes of the queries' sequences (prompt and answer, without its last token).
         sum_of_prompts: tokens of these sequences without any sharing.
-        tokens_computed: tokens of them that went through the model.
+        tokens_computed: tokens of them that went through the model. Where prefixes are shared this is `trie_size`, and
+            one more for each prompt that lies wholly within an earlier sequence: its last token is read again.
         tokens_decoded: further tokens, generated one by one after a wrong answer token.
     """
 
@@ -86,7 +87,7 @@ class Engine:
     """Runs queries on one model. Use it in a `with` block: it may select a faster exact attention meanwhile.
 
     Attributes:
-        reuse: whether prefixes are shared; decided by trying on the first prompt's first tokens that a cache which
+        reuse: whether prefixes are shared; decided by trying on a prompt's first tokens that a cache which
             was cut back and extended gives the logits of a plain forward.
         reason: why not, when they are not.
         work: tokens counted so far.
@@ -108,6 +109,7 @@ class Engine:
         self._stack = ExitStack()
         self._reader: Reader | None = None
         self._decoding = False
+        self._remembers_length = False
 
     def __enter__(self) -> Engine:
         self._was_training = self.model.training
@@ -129,10 +131,12 @@ class Engine:
         longest = max(len(q.prompt) + len(q.answer) - 1 for q in queries)
         check_length(self.model, longest)
         rope = length_dependent_rope(self.model, longest)
+        # transformers' dynamic scaling remembers the longest input; a short one makes it forget.
+        self._remembers_length = rope is not None
         if rope is not None:
             self.reuse, self.reason = False, f"its {rope} rotary embedding changes with the length of the input"
         else:
-            self._choose(queries[0].prompt[:_PROBE])
+            self._choose(max((q.sequence for q in queries), key=len)[:_PROBE])
         visits = walk([q.sequence for q in queries])
         self.work.trie_size += trie_size(visits)
         self.work.sum_of_prompts += sum(visit.length * len(visit.members) for visit in visits)
@@ -239,6 +243,8 @@ class Engine:
         return generated, False, logprob
 
     def _answer_plainly(self, query: Query, stop: _Stop) -> tuple[list[int], bool, float]:
+        if self._remembers_length:
+            full_logits(self.model, query.prompt[:1])
         generated, logits = generate_plain(
             self.model, query.prompt, stop, max_new_tokens=stop.max_new_tokens, end_tokens=stop.end_tokens
         )
@@ -288,8 +294,9 @@ def _score(logits: torch.Tensor, answer: Ids) -> tuple[int, float]:
 def _read_in_pieces(reader: Reader, ids: Ids) -> torch.Tensor:
     """The logits of the last tokens, after reading, cutting back and reading on."""
     n = len(ids)
-    reader.extend(ids[: n // 3], keep=1)
-    reader.extend(ids[n // 3 : n - n // 6], keep=1)
+    for piece in (ids[: n // 3], ids[n // 3 : n - n // 6]):
+        if len(piece):
+            reader.extend(piece, keep=1)
     reader.rewind(n // 2)
     return reader.extend(ids[n // 2 :], keep=n - n // 2).float()
 

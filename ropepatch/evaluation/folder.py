@@ -189,7 +189,8 @@ class RunFolder:
                 strangers = [name for name in (RESULTS, SUMMARY, HEATMAP, REPORT) if (self.path / name).exists()]
                 if strangers:
                     raise OutputConflictError(
-                        f"the folder {self.path} holds {', '.join(strangers)} but no {RUN}", hint="choose another output folder"
+                        f"the folder {self.path} holds {', '.join(strangers)} but no {RUN}",
+                        hint="choose another output folder",
                     )
                 write_json(run, _run_record(self.configuration))
                 return
@@ -299,7 +300,9 @@ def _results_name(rank: int) -> str:
 
 
 def _highest_rank(path: Path) -> int:
-    numbers = (file.name.removeprefix("results.rank").removesuffix(".jsonl") for file in path.glob("results.rank*.jsonl"))
+    numbers = (
+        file.name.removeprefix("results.rank").removesuffix(".jsonl") for file in path.glob("results.rank*.jsonl")
+    )
     return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 

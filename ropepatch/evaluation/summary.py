@@ -16,9 +16,7 @@ from ropepatch.evaluation.scoring import (
 Row = Mapping[str, Any]
 
 
-def summarise(
-    rows: list[dict[str, Any]], configuration: dict[str, Any], *, title: str | None = None
-) -> dict[str, Any]:
+def summarise(rows: list[dict[str, Any]], configuration: dict[str, Any], *, title: str | None = None) -> dict[str, Any]:
     """The content of `summary.json`.
 
     Args:
@@ -36,9 +34,7 @@ def summarise(
         {"length": length, "depth": depth, **_scores(group)}
         for (length, depth), group in _grouped(rows, lambda row: (row["length"], row["depth"]))
     ]
-    by_length = [
-        {"length": length, **_scores(group)} for length, group in _grouped(rows, lambda row: row["length"])
-    ]
+    by_length = [{"length": length, **_scores(group)} for length, group in _grouped(rows, lambda row: row["length"])]
     return {
         "task": rows[0].get("task") if rows else configuration.get("suite"),
         "title": run_title(configuration) if title is None else title,

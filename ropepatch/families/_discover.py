@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ropepatch.families._registry import FINDERS
@@ -12,11 +14,13 @@ from ropepatch.families._tables import bias_sites, table_sites
 
 def discover(host: nn.Module) -> tuple[Site, ...]:
     """Every place where the model carries positions; one site of mechanism "none" when there is no such place."""
-    root = host.config
-    types = [root.model_type, *(getattr(sub, "model_type", "") for _, sub in sub_configs(root))]  # type: ignore[union-attr]
+    root: Any = host.config
+    types = [root.model_type, *(getattr(sub, "model_type", "") for _, sub in sub_configs(root))]
     finder = next((FINDERS.get(name) for name in types if name in FINDERS), structural)
     sites = tuple(finder(host))
-    return sites or (Site(path="", name="", mechanism="none", kind="none", note="nothing in the model carries positions"),)
+    return sites or (
+        Site(path="", name="", mechanism="none", kind="none", note="nothing in the model carries positions"),
+    )
 
 
 def structural(host: nn.Module) -> list[Site]:

@@ -40,7 +40,9 @@ def current_frequencies(host: nn.Module, site: Site) -> Tensor:
     module = host.get_submodule(site.path)
     buffer = module.get_buffer(site.name).detach()
     if buffer.is_meta:
-        raise UnsupportedModelError(f"{site.where} is on the meta device: it has no values", hint="load the weights first")
+        raise UnsupportedModelError(
+            f"{site.where} is on the meta device: it has no values", hint="load the weights first"
+        )
     if buffer.dtype == torch.float32:
         return buffer.cpu().clone()
     exact, _ = _from_config(host, site)

@@ -60,14 +60,16 @@ def _site(host: nn.Module, path: str, module: nn.Module, name: str, buffer: torc
     rope_type = getattr(module, "rope_type", None)
     if isinstance(rope_type, dict):
         rope_type = rope_type.get(label)
-    theta = parameters.get("rope_theta") or getattr(config, "rope_theta", None) or getattr(config, "rotary_emb_base", None)
+    theta = (
+        parameters.get("rope_theta") or getattr(config, "rope_theta", None) or getattr(config, "rotary_emb_base", None)
+    )
     return Site(
         path=path,
         name=name,
         mechanism="rotary",
         kind="frequencies",
         layer_type=label,
-        part=part_of(host, module),
+        part=part_of(host, path),
         head_dim=head_dim_of(config, label),
         rotary_dim=2 * buffer.numel(),
         rope_theta=float(theta) if theta else None,
@@ -94,18 +96,41 @@ def head_dim_of(config: Any, label: str | None = None) -> int | None:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
-def part_of(host: nn.Module, module: nn.Module) -> str:
-    """Which modality a module serves: "text" unless its config is a sub-config of another kind."""
+_PART_OF_INPUT = {"input_ids": "text", "pixel": "vision", "input_features": "audio", "input_values": "audio"}
+
+
+def part_of(host: nn.Module, path: str) -> str:
+    """Which modality the module at `path` serves: "text" unless its config or its surroundings say otherwise."""
     root: Any = host.config
     nested = sub_configs(root)
     if not nested:
         return "text"
+    module = host.get_submodule(path)
     config = getattr(module, "config", None)
-    if config is None or config is root:
-        return "other" if config is None else "text"
     name = next((name for name, sub in nested if sub is config), "")
-    kind = name.removesuffix("_config") or str(getattr(config, "model_type", "other"))
-    return next((part for part in ("vision", "audio", "image", "video") if part in kind), "text")
+    kind = name.removesuffix("_config") or str(getattr(config, "model_type", ""))
+    for part in ("vision", "audio", "image", "video"):
+        if part in kind:
+            return part
+    text_is_nested = any("text" in name for name, _ in nested)
+    if config is root and text_is_nested and not isinstance(module, nn.Embedding):
+        return "other"
+    wanted = getattr(host.get_submodule(owner_of(host, path)), "main_input_name", "input_ids")
+    return next((part for word, part in _PART_OF_INPUT.items() if word in wanted), "other")
+
+
+def owner_of(host: nn.Module, path: str) -> str:
+    """Path of the innermost PreTrainedModel around a module: the smallest part that can be run by itself."""
+    return owners_of(host, path)[0]
+
+
+def owners_of(host: nn.Module, path: str) -> list[str]:
+    """Paths of all PreTrainedModels around a module, innermost first."""
+    from transformers import PreTrainedModel
+
+    steps = path.split(".") if path else []
+    paths = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
+    return [place for place in paths if isinstance(host.get_submodule(place), PreTrainedModel)]
 
 
 def sub_configs(config: Any) -> list[tuple[str, Any]]:

@@ -35,23 +35,23 @@ def table_sites(host: nn.Module) -> Iterator[Site]:
         for name in ("weight", "weights", "pe", "pos_encoding"):
             table = getattr(module, name, None)
             if isinstance(table, Tensor) and table.dim() == 2:
-                yield _table_site(host, module, path, name, table)
+                yield _table_site(host, path, name, table)
                 break
     for path, module in host.named_modules():
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, table in tensors:
             if _TABLE_NAME.search(name) and not _NOT_POSITION.search(name) and table.dim() >= 2:
-                yield _table_site(host, module, path, name, table.reshape(-1, table.shape[-1]))
+                yield _table_site(host, path, name, table.reshape(-1, table.shape[-1]))
 
 
-def _table_site(host: nn.Module, module: nn.Module, path: str, name: str, table: Tensor) -> Site:
+def _table_site(host: nn.Module, path: str, name: str, table: Tensor) -> Site:
     mechanism = "sinusoidal" if is_sinusoidal(table) else "learned"
     return Site(
         path=path,
         name=name,
         mechanism=mechanism,
         kind="table",
-        part=part_of(host, module),
+        part=part_of(host, path),
         length=table.shape[0],
         dtype=dtype_name(table),
     )
@@ -86,7 +86,7 @@ def bias_sites(host: nn.Module) -> Iterator[Site]:
                     name=name,
                     mechanism="relative_bias",
                     kind="bias",
-                    part=part_of(host, module),
+                    part=part_of(host, path),
                     length=tensor.shape[0] if tensor.dim() == 2 else None,
                     dtype=dtype_name(tensor),
                 )

@@ -26,7 +26,9 @@ def host_of(model: Any) -> PreTrainedModel:
         return model
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            "not a model", given=type(model).__name__, allowed="a transformers PreTrainedModel, or a module that wraps one"
+            "not a model",
+            given=type(model).__name__,
+            allowed="a transformers PreTrainedModel, or a module that wraps one",
         )
     found: dict[str, PreTrainedModel] = {}
     for path, module in model.named_modules():
@@ -35,7 +37,9 @@ def host_of(model: Any) -> PreTrainedModel:
             found[path] = module
     if len(found) != 1:
         raise UnsupportedModelError(
-            "found no PreTrainedModel inside the module" if not found else "found several PreTrainedModels side by side",
+            "found no PreTrainedModel inside the module"
+            if not found
+            else "found several PreTrainedModels side by side",
             given=type(model).__name__ if not found else sorted(found),
             hint="pass the transformers model itself",
         )

@@ -1,4 +1,4 @@
-"""Granite with sliding windows: one rotary module for each distinct theta; the one at the usual place is never called."""
+"""Granite with sliding windows: a rotary module for each distinct theta; the one at the usual place is never called."""
 
 from __future__ import annotations
 

@@ -15,4 +15,6 @@ from ropepatch.families._site import Site
 @family("phimoe")
 def phimoe_sites(host: nn.Module) -> Iterable[Site]:
     """Rotary, but not to be changed through its buffer."""
-    return [replace(site, kind="fixed", note="recomputed from the config in every forward") for site in rotary_sites(host)]
+    return [
+        replace(site, kind="fixed", note="recomputed from the config in every forward") for site in rotary_sites(host)
+    ]

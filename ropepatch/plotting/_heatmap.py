@@ -102,4 +102,6 @@ def _mark_trained(panel: Axes, trained: int, lengths: list[int]) -> None:
     edge = sum(length <= trained for length in lengths) - 0.5
     # Black on white: visible on every colour of the map. Not clipped, so that it shows at an edge too.
     panel.axvline(edge, color="white", linewidth=4, clip_on=False)
-    panel.axvline(edge, color="black", linewidth=1.8, linestyle="--", clip_on=False, label=f"trained length {trained:,}")
+    panel.axvline(
+        edge, color="black", linewidth=1.8, linestyle="--", clip_on=False, label=f"trained length {trained:,}"
+    )

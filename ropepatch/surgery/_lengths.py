@@ -40,7 +40,7 @@ def trained_length(config: Any, scaling: dict[str, Any] | None, on_scaled: str |
     """
     stated = stated_length(config)
     if scaling:
-        original = scaling.get("original_max_position_embeddings") or getattr(
+        original: int | None = scaling.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
         factor = float(scaling.get("factor") or 1.0)

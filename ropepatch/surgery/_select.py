@@ -25,12 +25,13 @@ def select_sites(
     usable = [site for site in text if site.mechanism in method.mechanisms and site.kind in _CHANGEABLE]
     fixed = [site for site in text if site.kind == "fixed"]
     if fixed and not usable:
-        raise UnsupportedModelError(f"the {fixed[0].mechanism} positions of {model_type} cannot be changed: {fixed[0].note}")
-    if not usable:
-        has = sorted({site.mechanism for site in text} or {site.mechanism for site in sites})
         raise UnsupportedModelError(
-            f"{method.name!r} changes {' or '.join(method.mechanisms)} positions, and this {model_type} model has "
-            f"{' and '.join(has) + ' ones' if has != ['none'] else 'no positions to change'}",
+            f"the {fixed[0].mechanism} positions of {model_type} cannot be changed: {fixed[0].note}"
+        )
+    if not usable:
+        raise UnsupportedModelError(
+            f"{method.name!r} changes {' or '.join(method.mechanisms)} positions, and the text part of this "
+            f"{model_type} model has {_what_it_has(text)}",
             hint="ropepatch.inspect(model) shows where the model carries positions",
         )
     labels = sorted({site.layer_type for site in usable if site.layer_type})
@@ -46,3 +47,8 @@ def select_sites(
     # A local layer never sees a distance beyond its window, so stretching it only costs resolution.
     far = [site for site in usable if not any(word in (site.layer_type or "") for word in _LOCAL)]
     return far or usable
+
+
+def _what_it_has(text: Sequence[Site]) -> str:
+    mechanisms = sorted({site.mechanism for site in text} - {"none"})
+    return f"{' and '.join(mechanisms)} ones" if mechanisms else "none"

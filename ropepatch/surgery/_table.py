@@ -1,4 +1,4 @@
-"""Rotary models that keep no frequencies but a finished table, one row a position: sin in the first half, cos in the second.
+"""Rotary models that keep no frequencies but a finished table: one row a position, sin in its first half, cos after.
 
 GPT-J and CodeGen keep it as a buffer of every attention module, RoFormer as a frozen embedding.
 """
@@ -23,7 +23,9 @@ def frequencies_of(host: nn.Module, site: Site) -> Tensor:
     """
     inv_freq = theta_series(site)
     table = _read(host, site)
-    if not torch.allclose(_rows(inv_freq, 0, len(table), 1.0), table.float().cpu(), atol=2e-2 if table.dtype != torch.float32 else 2e-3):
+    if not torch.allclose(
+        _rows(inv_freq, 0, len(table), 1.0), table.float().cpu(), atol=2e-2 if table.dtype != torch.float32 else 2e-3
+    ):
         raise UnsupportedModelError(f"{site.where} is not a table of sines and cosines at rope_theta {site.rope_theta}")
     return inv_freq
 
@@ -50,7 +52,9 @@ def apply(host: nn.Module, site: Site, base: Tensor, result: Frequencies, change
 def _read(host: nn.Module, site: Site) -> Tensor:
     table: Tensor = getattr(host.get_submodule(site.path), site.name).detach()
     if table.is_meta:
-        raise UnsupportedModelError(f"{site.where} is on the meta device: it has no values", hint="load the weights first")
+        raise UnsupportedModelError(
+            f"{site.where} is on the meta device: it has no values", hint="load the weights first"
+        )
     return table
 
 

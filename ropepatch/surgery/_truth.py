@@ -11,8 +11,11 @@ from torch import Tensor
 from ropepatch.methods._base import Frequencies, RotaryGeometry
 
 _SCALING_KEYS = frozenset(
-    "rope_type type factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale "
-    "mscale_all_dim truncate short_factor long_factor low_freq_factor high_freq_factor".split()
+    (
+        *("rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        *("short_factor", "long_factor", "low_freq_factor", "high_freq_factor"),
+    )
 )
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 # JSON has no infinity. At this divisor a plane turns less than 1e-20 rad over any context: it stands still.
@@ -46,10 +49,7 @@ def as_longrope(geometry: RotaryGeometry, inv_freq: Tensor, gain: float, target_
 def merged(parameters: dict[str, Any], label: str | None, words: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config's `rope_parameters` with `words` in force at `label`; what is not scaling is kept."""
     parameters = copy.deepcopy(parameters)
-    nested = label is not None and isinstance(parameters.get(label), dict)
-    old = parameters[label] if nested else parameters
+    nested = parameters.get(label) if label is not None else None
+    old = nested if isinstance(nested, dict) else parameters
     new = {**{key: value for key, value in old.items() if key not in _SCALING_KEYS}, **words}
-    if nested:
-        parameters[label] = new
-        return parameters
-    return new
+    return {**parameters, label: new} if isinstance(nested, dict) and label is not None else new

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ropepatch.errors import VerificationError
+from ropepatch.families._rotary import owner_of, owners_of
 from ropepatch.surgery.frequencies import SitePlan
 
 
@@ -42,7 +43,7 @@ def verify(host: nn.Module, plans: Sequence[SitePlan]) -> None:
         VerificationError: a module was never called, or emits something else.
     """
     for owner, items in _by_owner(host, plans).items():
-        calls = _calls(host.get_submodule(owner), owner, items)
+        calls = _calls(host, owner, items)
         for item in items:
             call = calls[item.site.path, item.site.layer_type]
             if item.site.kind == "frequencies":
@@ -52,23 +53,26 @@ def verify(host: nn.Module, plans: Sequence[SitePlan]) -> None:
 
 
 def _by_owner(host: nn.Module, items: Sequence[SitePlan]) -> dict[str, list[SitePlan]]:
-    """Sites by the innermost PreTrainedModel around them: the part that can be run on token ids alone."""
-    from transformers import PreTrainedModel
-
     owners: dict[str, list[SitePlan]] = {}
     for item in items:
-        steps = item.site.path.split(".")
-        paths = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
-        owner = next((path for path in paths if isinstance(host.get_submodule(path), PreTrainedModel)), "")
-        owners.setdefault(owner, []).append(item)
+        owners.setdefault(owner_of(host, item.site.path), []).append(item)
     return owners
 
 
-def _calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
-    if any(isinstance(weight, DTensor) for weight in owner.parameters()):
+def _calls(host: nn.Module, owner: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
+    """How the model calls the modules of `items`, seen from the smallest part that runs on token ids alone."""
+    if any(isinstance(weight, DTensor) for weight in host.parameters()):
         # A sharded model runs only as a whole, on all ranks, and must not be stopped on the way.
         return {(item.site.path, item.site.layer_type): _usual_call(item) for item in items}
-    return _record_calls(owner, path, items)
+    # A decoder wants its encoder around it: where one part does not run by itself, the next larger one is tried.
+    *inner, outermost = owners_of(host, owner)
+    for place in inner:
+        try:
+            return _record_calls(host, place, items)
+        except VerificationError as error:
+            if error.__cause__ is None:
+                raise
+    return _record_calls(host, outermost, items)
 
 
 def _usual_call(item: SitePlan) -> _Call:
@@ -76,8 +80,8 @@ def _usual_call(item: SitePlan) -> _Call:
     return _Call((torch.zeros(1, 2, 1), torch.zeros(1, 2, dtype=torch.long)), labels)
 
 
-def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
-    prefix = f"{path}." if path else ""
+def _record_calls(host: nn.Module, path: str, items: Sequence[SitePlan]) -> dict[tuple[str, str | None], _Call]:
+    owner = host.get_submodule(path)
     wanted = {(item.site.path, item.site.layer_type): item for item in items}
     seen: dict[tuple[str, str | None], _Call] = {}
     handles = []
@@ -96,8 +100,7 @@ def _record_calls(owner: nn.Module, path: str, items: Sequence[SitePlan]) -> dic
         return hook
 
     for site_path in {item.site.path for item in items}:
-        module = owner.get_submodule(site_path.removeprefix(prefix))
-        handles.append(module.register_forward_hook(watch(site_path), with_kwargs=True))
+        handles.append(host.get_submodule(site_path).register_forward_hook(watch(site_path), with_kwargs=True))
     try:
         for length in _RUNS:
             run_tokens(owner, length)
@@ -127,7 +130,6 @@ def _lend_calls(wanted: dict[tuple[str, str | None], SitePlan], seen: dict[tuple
     for path, label in wanted.keys() - seen.keys():
         other = next((key for key in seen if key[0] == path), None)
         if other is not None and label in spoken:
-            call = seen[other]
             seen[path, label] = _relabelled(seen[other], other[1], label)
 
 
@@ -203,7 +205,10 @@ def _agrees(emitted: Any, angles_PF: Tensor, gain: float) -> bool:
     if not (isinstance(emitted, tuple) and len(emitted) == 2 and all(isinstance(part, Tensor) for part in emitted)):
         return False
     layouts = (lambda t: t, lambda t: torch.cat((t, t), -1), lambda t: t.repeat_interleave(2, -1))
-    for first, second in ((angles_PF.cos() * gain, angles_PF.sin() * gain), (angles_PF.sin() * gain, angles_PF.cos() * gain)):
+    for first, second in (
+        (angles_PF.cos() * gain, angles_PF.sin() * gain),
+        (angles_PF.sin() * gain, angles_PF.cos() * gain),
+    ):
         for layout in layouts:
             if all(_same(part, layout(want)) for part, want in zip(emitted, (first, second), strict=True)):
                 return True

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import nn
-
 from ropepatch.families._native import PER_CALL_TYPES
 from ropepatch.families._site import Site
 from ropepatch.record import PatchRecord
 
 
-def warnings_of(host: nn.Module, sites: Sequence[Site], record: PatchRecord | None) -> Iterator[str]:
+def warnings_of(sites: Sequence[Site], record: PatchRecord | None) -> Iterator[str]:
     """One line a problem."""
     for site in sites:
         if site.kind == "frequencies" and site.dtype not in ("float32", "float64"):
@@ -23,7 +21,7 @@ def warnings_of(host: nn.Module, sites: Sequence[Site], record: PatchRecord | No
             yield f"{site.where} was cast to {site.dtype}: angles are off by whole radians at long range; {remedy}"
         if site.kind == "frequencies" and site.rope_type in PER_CALL_TYPES and site.part == "text" and record is None:
             yield (
-                f"{site.where} carries the native {site.rope_type!r} scaling, which picks its frequencies by the longest "
-                "position of each call: cached generation can differ from a full forward"
+                f"{site.where} carries the native {site.rope_type!r} scaling, which picks its frequencies by the "
+                "longest position of each call: cached generation can differ from a full forward"
             )
     yield from record.warnings if record else ()

@@ -93,8 +93,8 @@ def _plan_site(
     scaling = native_scaling(host, site)
     if scaling and on_scaled is None:
         raise AlreadyScaledError(
-            f"the checkpoint carries a native {scaling['rope_type']!r} scaling at {site.where}, and {method.name!r} would "
-            "come on top of it",
+            f"the checkpoint carries a native {scaling['rope_type']!r} scaling at {site.where}, and {method.name!r} "
+            "would come on top of it",
             given={key: value for key, value in scaling.items() if not isinstance(value, list)},
             hint="say on_scaled='replace' to start from the pretrained frequencies and length, or "
             "on_scaled='multiply' to scale further what is there",
@@ -170,7 +170,8 @@ def _apply_site(host: nn.Module, item: SitePlan, changes: list[Change]) -> None:
         changes.append(AttributeChange.apply(host, site.path, gain, result.attention_scaling))
     elif result.attention_scaling != 1.0:
         raise UnsupportedModelError(
-            f"{site.where} has no gain on cos and sin, which this method needs", hint="use ntk_by_parts, or attention_factor=1"
+            f"{site.where} has no gain on cos and sin, which this method needs",
+            hint="use ntk_by_parts, or attention_factor=1",
         )
     if item.scaling and item.scaling["rope_type"] in PER_CALL_TYPES:
         # Otherwise the module's own forward would write its frequencies back.
@@ -184,7 +185,9 @@ def _apply_softmax_scale(host: nn.Module, plans: Sequence[SitePlan], changes: li
     if gains == {1.0}:
         return
     if len(gains) > 1:
-        raise OptionError("the model's layer types would need different softmax scales", hint="leave mscale_all_dim out")
+        raise OptionError(
+            "the model's layer types would need different softmax scales", hint="leave mscale_all_dim out"
+        )
     gain = gains.pop()
     for path in softmax_scale_paths(host):
         scale: Any = host.get_submodule(path).scaling

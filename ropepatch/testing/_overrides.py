@@ -8,13 +8,6 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 _GLOBAL_HEAD: dict[str, Any] = {"head_dim": 16, "global_head_dim": 32}
 
-# Config classes whose own defaults do not pass their own checks, with what makes them pass.
-SOURCES: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    },
-}
-
 OVERRIDES: dict[str, dict[str, Any]] = {
     # Its cache wants a number of layers that the config lacks.
     "blt": {"use_cache": False},
@@ -26,9 +19,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # The modelling code reads a field that the class lacks; every released config has it.
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
+    "deepseek_v4": {"head_dim": 64},  # of which an eighth is rotated
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
@@ -41,6 +35,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # The rotary form, as ESM-2 has it; the class's default is the older learned table.
     "esm": {"position_embedding_type": "rotary", "pad_token_id": 1},
+    "falcon_h1": {"mamba_d_head": 16},
+    "led": {"attention_window": 8},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": _SLIDING_THEN_FULL * 2,
@@ -50,8 +46,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GLOBAL_HEAD,
     "gemma4_unified_text": _GLOBAL_HEAD,
-    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 2}},
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -71,7 +65,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "hash_seed": 0,
     },
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"use_mem_rope": True},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from ropepatch.errors import OptionError, did_you_mean
-from ropepatch.testing._overrides import OVERRIDES, SOURCES
+from ropepatch.testing._overrides import OVERRIDES
 from ropepatch.testing._sizes import HEAD_DIM, HIDDEN, LENGTH, SPECIAL_TOKENS, WHERE_UNSET, is_token_id, small
 
 _FIRST_SPECIAL = 8
@@ -32,7 +32,7 @@ def shrink(config_class: type, overrides: Mapping[str, Any], source: Any = None,
         OptionError: a field that neither the class nor its text part knows.
     """
     model_type = config_class.model_type  # type: ignore[attr-defined]
-    source = source if source is not None else config_class(**SOURCES.get(model_type, {}))
+    source = source if source is not None else config_class()
     source.allow_global_per_layer_attribute_access = True  # we want the value that most layers share
     fixed = {**OVERRIDES.get(model_type, {}), **fixed}
     mine, text = split_overrides(source, overrides)

@@ -16,7 +16,7 @@ _INITIAL_DEVIATION = 0.125
 
 _WIDTH = (
     r"(.*_)?(hidden_size|d_model|n_embd|embedding_size|embedding_dim|emb_dim|embed_dim|d_embed|hidden_dim|dim_model|"
-    r"input_dim|output_dim|word_embed_proj_dim|projection_dim|d_inner|d_latents|qk_channels|v_channels|lru_width|adapter_(in|out)_dim|adapter_input_size|intermediate_size|ffn_dim|ffn_hidden_size|"
+    r"input_dim|output_dim|word_embed_proj_dim|projection_dim|hidden_size_global|d_inner|d_latents|qk_channels|v_channels|lru_width|adapter_(in|out)_dim|adapter_input_size|intermediate_size|ffn_dim|ffn_hidden_size|"
     r"feed_forward_size|d_ff|dff|dim_ff|n_inner)(_mlp)?|dim"
 )
 # The first match counts.

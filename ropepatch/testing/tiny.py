@@ -34,16 +34,17 @@ def model_types(kind: str = "causal-lm") -> tuple[str, ...]:
 
 def _auto_classes(kind: str) -> dict[str, Any]:
     import transformers
-    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto import modeling_auto as names
 
-    decoder_too = dict.fromkeys(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForSeq2SeqLM)
+    decoder_too = dict.fromkeys(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForSeq2SeqLM)
     if kind == "causal-lm":
-        return dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM)
+        return dict.fromkeys(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM)
     if kind == "encoder-decoder":
         return decoder_too
     if kind == "encoder":
-        encoders = dict.fromkeys(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, transformers.AutoModelForTextEncoding)
-        masked = dict.fromkeys(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM)
+        encoders = dict.fromkeys(names.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, transformers.AutoModelForTextEncoding)
+        masked = dict.fromkeys(names.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM)
+        encoders = {name: auto for name, auto in encoders.items() if name not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
         return {name: auto for name, auto in (encoders | masked).items() if name not in decoder_too}
     raise unknown_name("kind", kind, KINDS)
 

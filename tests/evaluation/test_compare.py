@@ -65,12 +65,12 @@ def test_the_same_in_json_markdown_and_the_terminal(tmp_path: Path) -> None:
     lines = found.to_markdown().splitlines()
     assert lines[0] == "| length | base: unpatched | other: yarn (factor 2.0) |"
     assert len({line.count("|") for line in lines}) == 1
-    assert "+1.00 on 6 shared, p=0.031" in lines[4]
+    assert "1.00  n=6<br>[0.61, 1.00]<br>+1.00 on 6  p=0.031" in lines[4]
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(found.table())
     text = console.export_text()
-    assert "0.00 [0.00, 0.39] n=6" in text
-    assert "+1.00 on 6 shared, p=0.031" in text
+    assert "[0.00, 0.39]" in text
+    assert "+1.00 on 6  p=0.031" in text
 
 
 def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path) -> None:

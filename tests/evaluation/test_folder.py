@@ -60,7 +60,11 @@ def test_run_json_holds_configuration_versions_and_origin(tmp_path: Path) -> Non
     assert run["configuration"] == json.loads(json.dumps(CONFIGURATION))
     assert (run["seed"], run["model"], run["patch"]) == (7, "tiny", CONFIGURATION["patch"])
     python = ".".join(map(str, sys.version_info[:3]))
-    expected = {"ropepatch": ropepatch.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    expected = {
+        "ropepatch": ropepatch.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     assert {name: run["versions"][name].split("+")[0] for name in expected} == {
         name: version.split("+")[0] for name, version in expected.items()
     }
@@ -129,7 +133,11 @@ def test_another_configuration_is_refused_naming_every_difference(tmp_path: Path
     with pytest.raises(OutputConflictError) as caught:
         RunFolder.open(tmp_path, other)
     message = str(caught.value)
-    for part in ("seed is 7 there and 8 here", "patch.options.factor is 2.0 there and 4.0 here", "digits is null there"):
+    for part in (
+        "seed is 7 there and 8 here",
+        "patch.options.factor is 2.0 there and 4.0 here",
+        "digits is null there",
+    ):
         assert part in message
     assert "lengths" not in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

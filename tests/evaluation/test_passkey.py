@@ -172,7 +172,7 @@ def test_text_without_sentences_is_cut_at_words() -> None:
 
 @pytest.mark.parametrize("depth", [-0.01, 1.01, float("nan"), float("inf")])
 def test_depth_out_of_range(depth: float) -> None:
-    with pytest.raises(PromptError, match="depth"):
+    with pytest.raises(PromptError, match="Depth"):
         PasskeyTask(tokenizer("byte_level"), longest=500).build(500, depth, 0)
 
 
@@ -197,13 +197,13 @@ def test_no_chat_template() -> None:
 
 
 def test_digits_out_of_range() -> None:
-    with pytest.raises(OptionError, match="digits"):
+    with pytest.raises(OptionError, match="Digits"):
         PasskeyTask(tokenizer("byte_level"), longest=300, digits=0)
 
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(None, "cannot read"), (b"", "empty"), (b" \n\n", "empty"), (b"PNG\0\1", "not UTF-8"), (b"\xff\xfe\xff", "not UTF-8")],
+    [(None, "Cannot read"), (b"", "empty"), (b" \n\n", "empty"), (b"PNG\0\1", "not UTF-8"), (b"\xff\xfe\xff", "not UTF-8")],
 )
 def test_unusable_text(tmp_path: Path, content: bytes | None, match: str) -> None:
     path = tmp_path / "text.txt"

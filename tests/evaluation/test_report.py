@@ -55,7 +55,9 @@ def report_of(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> Pag
 
 def test_nothing_is_fetched_from_anywhere(tmp_path: Path) -> None:
     page = report_of(tmp_path, trials(lambda *_: 1.0))
-    sources = [value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")]
+    sources = [
+        value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")
+    ]
     assert len(sources) == 1
     assert sources[0] is not None
     assert sources[0].startswith("data:image/png;base64,")
