@@ -93,7 +93,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose columns sort at a click on their heading."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    content = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
+    return f'<div class="scroll"><table class="sortable">{content}</table></div>'
 
 
 def definitions(values: Mapping[str, Any]) -> str:

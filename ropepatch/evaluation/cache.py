@@ -115,7 +115,7 @@ def _croppable_cache(config: Any) -> Any:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             # Keeps all keys, so that cutting back is possible; the mask, not the cache, makes the window.
-            cache.layers[index] = DynamicLayer()  # type: ignore[no-untyped-call]
+            cache.layers[index] = DynamicLayer()
         elif hasattr(layer, "update_recurrent_state") or not hasattr(layer, "crop"):
             raise CacheError(f"its {type(layer).__name__} state cannot be cut back")
     return cache

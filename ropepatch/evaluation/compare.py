@@ -238,7 +238,9 @@ def _cell(row: ComparisonRow | None) -> str:
         return "–"
     lines = [f"{row.accuracy:.2f}  n={row.n}", f"[{row.ci_low:.2f}, {row.ci_high:.2f}]"]
     if row.difference is not None:
-        lines.append(f"{row.difference:+.2f} on {row.shared}  p={row.p_value:.2g}")
+        lines.append(f"{row.difference:+.2f} p={row.p_value:.2g}")
+        if row.shared != row.n:
+            lines.append(f"({row.shared} shared)")
     return "\n".join(lines)
 
 

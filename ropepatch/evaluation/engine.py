@@ -192,20 +192,24 @@ class Engine:
         """
         stop = _Stop(max_new_tokens, done, end_tokens)
         for visit in visits if visits is not None else self.prepare(queries):
-            query = queries[visit.members[0]]
-            began = time.perf_counter()
-            generated, forced, logprob = self._answer(query, visit, stop)
-            elapsed = time.perf_counter() - began
+            known: dict[tuple[int, bytes], tuple[list[int], bool, float]] = {}
+            shared = visit.shared
             for index in visit.members:
-                yield Outcome(index, generated, forced, logprob, elapsed)
-                elapsed = 0.0
+                query = queries[index]
+                began = time.perf_counter()
+                # The same sequence may still be another query: cut elsewhere, or with another last answer token.
+                same = (len(query.prompt), query.answer.tobytes())
+                if same not in known:
+                    known[same] = self._answer(query, shared, stop)
+                    shared = visit.length
+                yield Outcome(index, *known[same], elapsed=time.perf_counter() - began)
 
     @torch.inference_mode()
-    def _answer(self, query: Query, visit: Visit, stop: _Stop) -> tuple[list[int], bool, float]:
+    def _answer(self, query: Query, shared: int, stop: _Stop) -> tuple[list[int], bool, float]:
         while True:
             try:
                 if self._reader is not None:
-                    return self._answer_reusing(self._reader, query, visit.shared, stop)
+                    return self._answer_reusing(self._reader, query, shared, stop)
                 return self._answer_plainly(query, stop)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):

@@ -77,6 +77,7 @@ class RunFolder:
         configuration = json.loads(to_json(configuration))
         folder = cls(Path(path), configuration, rank, world_size)
         try:
+            folder._refuse_foreign_files()
             folder.path.mkdir(parents=True, exist_ok=True)
             folder._acquire(folder._lock)
             folder._claim()
@@ -180,18 +181,20 @@ class RunFolder:
                 f"another process is writing to {self.path}", hint="wait for it, or choose another output folder"
             ) from error
 
+    def _refuse_foreign_files(self) -> None:
+        # In this order: another rank that is just creating the folder writes run.json first.
+        names = [name for name in (RESULTS, SUMMARY, HEATMAP, REPORT) if (self.path / name).exists()]
+        if names and not (self.path / RUN).exists():
+            raise OutputConflictError(
+                f"the folder {self.path} holds {', '.join(names)} but no {RUN}", hint="choose another output folder"
+            )
+
     def _claim(self) -> None:
         """Write run.json, or check that the one that is there asks for the same."""
         run = self.path / RUN
         # Held by one rank at a time, so that all agree on who was first.
         with filelock.FileLock(self.path / ".create.lock"):
             if not run.exists():
-                strangers = [name for name in (RESULTS, SUMMARY, HEATMAP, REPORT) if (self.path / name).exists()]
-                if strangers:
-                    raise OutputConflictError(
-                        f"the folder {self.path} holds {', '.join(strangers)} but no {RUN}",
-                        hint="choose another output folder",
-                    )
                 write_json(run, _run_record(self.configuration))
                 return
         found = read_object(run).get("configuration")

@@ -40,7 +40,7 @@ def generate_plain(
     from transformers import GenerationConfig, StoppingCriteriaList
 
     tokens = torch.from_numpy(prompt.astype("int64")).unsqueeze(0).to(input_device(model))
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
+    config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(end_tokens) or None,

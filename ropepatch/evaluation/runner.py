@@ -70,6 +70,7 @@ def evaluate(
         UnsupportedModelError: not a decoder-only model, or a prompt exceeds its table of positions.
         OutputConflictError, OutputError: `output` belongs to another configuration, or cannot be written.
     """
+    from ropepatch.evaluation.limits import check_length
     from ropepatch.evaluation.passkey import PasskeyTask
 
     settings = load_suite(
@@ -94,8 +95,9 @@ def evaluate(
         chat_template=settings.chat_template,
         text=source,
     )
-    # The shortest length fails before the folder is made, not after.
-    task.build(settings.lengths[0], settings.depths[0], 0)
+    # What can be refused is refused before the folder is made.
+    first = task.build(settings.lengths[0], settings.depths[0], 0)
+    check_length(model, settings.lengths[-1] + len(first.answer) - 1)
     configuration = _configuration(model, settings, model_name, source.sha256 if source else None)
     run = _Run(model, task, settings, find_ranks(), progress, chunk_size)
     return run.in_folder(output, configuration) if output is not None else run.in_memory(configuration)

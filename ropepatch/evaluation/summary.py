@@ -59,7 +59,7 @@ def run_title(configuration: Mapping[str, Any]) -> str:
     known = next((method for method in ropepatch.methods() if method.name == patch["method"]), None)
     defaults = {option["name"]: option["default"] for option in known.options} if known else {}
     options = ", ".join(
-        f"{name} {value}"
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in patch.get("options", {}).items()
         if value is not None and (name not in defaults or defaults[name] != value)
     )

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 
 
-def figure_bytes(figure: Figure, format: str = "png", *, dpi: int = 150) -> bytes:
+def figure_bytes(figure: Figure, kind: str = "png", *, dpi: int = 150) -> bytes:
     """`figure` drawn as "png" or "svg"; `dpi` is pixels per inch, for png."""
     import matplotlib
 
     buffer = io.BytesIO()
     # The default salts element names at random and stamps the date: two equal figures would differ.
     with matplotlib.rc_context({"svg.hashsalt": "ropepatch"}):
-        figure.savefig(buffer, format=format, dpi=dpi, metadata={"Date": None} if format == "svg" else None)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 

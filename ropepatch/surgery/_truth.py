@@ -22,10 +22,12 @@ _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 _STILL = 1e30
 
 
-def spelled(geometry: RotaryGeometry, result: Frequencies) -> dict[str, Any]:
+def spelled(geometry: RotaryGeometry, result: Frequencies, label: str | None) -> dict[str, Any]:
     """`result` in transformers' words: the method's own, else its frequencies as `longrope` factors."""
     words = result.rope_parameters
-    if words is None:
+    # transformers looks for yarn's `truncate` at the top of the dict only: under a label it would not be read.
+    unread = label is not None and words is not None and words.get("truncate") is False
+    if words is None or unread:
         words = as_longrope(geometry, result.inv_freq, result.attention_scaling, result.target_length)
     if words["rope_type"] in _NEEDS_ORIGINAL:
         words = {"original_max_position_embeddings": geometry.original_length, **words}

@@ -210,12 +210,18 @@ def _apply_config(host: nn.Module, plans: Sequence[SitePlan], changes: list[Chan
     target_length = max(item.result.target_length for item in plans)
     for item in plans:
         path = item.site.path if item.site.path in targets else ""
-        _write_config(host, path, item, spelled(item.geometry, item.result), target_length, changes)
+        _write_config(
+            host, path, item, spelled(item.geometry, item.result, item.site.layer_type), target_length, changes
+        )
     root: Any = host.config
     text = root.get_text_config(decoder=True)
     if text is root and all(host.get_submodule(path).config is not root for path in targets):
         # Modules with copies of the config: the model's own is what gets saved. Bases are each copy's own.
-        words = {key: value for key, value in spelled(main.geometry, main.result).items() if key != "rope_theta"}
+        words = {
+            key: value
+            for key, value in spelled(main.geometry, main.result, main.site.layer_type).items()
+            if key != "rope_theta"
+        }
         _write_config(host, "", main, words, target_length, changes)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_THREE_AXES = {**_ROPE, "mrope_section": [2, 3, 3]}
+_THREE_AXES_OF_HALF = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
 _SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 _GLOBAL_HEAD: dict[str, Any] = {"head_dim": 16, "global_head_dim": 32}
 
@@ -19,6 +21,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # The modelling code reads a field that the class lacks; every released config has it.
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "bamba": {"attn_layer_indices": [1]},
+    "glm4v_text": {"rope_parameters": _THREE_AXES},
+    "glm4v_moe_text": {"rope_parameters": _THREE_AXES_OF_HALF},
+    "glm_image_text": {"rope_parameters": _THREE_AXES},
+    "glm_ocr_text": {"rope_parameters": _THREE_AXES},
+    "qwen2_vl_text": {"rope_parameters": _THREE_AXES},
+    "qwen2_5_vl_text": {"rope_parameters": _THREE_AXES},
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},

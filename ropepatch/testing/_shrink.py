@@ -74,9 +74,8 @@ def split_overrides(config: Any, overrides: Mapping[str, Any]) -> tuple[dict[str
     rest = {name: value for name, value in overrides.items() if name not in known}
     unknown = sorted(set(rest) - (field_names(text) if text is not config else set()))
     if unknown:
-        raise OptionError(
-            f"{type(config).__name__} has no field {unknown[0]!r}", hint=did_you_mean(unknown[0], known | field_names(text))
-        )
+        near = did_you_mean(unknown[0], known | field_names(text))
+        raise OptionError(f"{type(config).__name__} has no field {unknown[0]!r}", hint=near)
     return mine, rest
 
 

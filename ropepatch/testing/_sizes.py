@@ -21,7 +21,7 @@ _WIDTH = (
 )
 # The first match counts.
 _CAPS: tuple[tuple[str, int], ...] = (
-    (r"num_hidden_layers|num_layers|n_layers?|depth|num_blocks|(num_)?(encoder|decoder)_layers|num_layers_per_stack", LAYERS),
+    (r"num_hidden_layers|num_layers(_per_stack)?|n_layers?|depth|num_blocks|(num_)?(encoder|decoder)_layers", LAYERS),
     (r"mamba_(n|num)_heads", 2 * HIDDEN // HEAD_DIM),
     (r"(mamba_)?n_groups", 2),
     (r"(.*_)?(num_attention_heads|num_heads|attention_heads|n_heads?)", HEADS),
@@ -31,7 +31,8 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"index(er)?_head_dim", 2 * HEAD_DIM),
     (r"(.*_)?(head_dim|head_size|d_head|d_kv|dim_head|kv_channels)|rotary_dim", HEAD_DIM),
     (r"(.*_)?vocab_size(_.*)?|n_words|.*_group_vocab|ngram_vocab_size_base", VOCABULARY),
-    (r"(.*_)?max_((encoder_|decoder_)?position_embeddings|seq_len|(source|target)_positions)|n_ctx|n_positions|model_max_length", LENGTH),
+    (r"(.*_)?max_((encoder_|decoder_)?position_embeddings|seq_len|(source|target)_positions)", LENGTH),
+    (r"n_ctx|n_positions|model_max_length", LENGTH),
     (r"(.*_)?(sliding_window|window_size)|local_attention|attention_chunk_size|index_topk", 16),
     (r"index_block_size", 4),
     (r"[qo]_lora_rank", 32),

@@ -8,23 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from ropepatch.errors import RopepatchError, UnsupportedModelError, unknown_name
 from ropepatch.testing._shrink import field_names, parts_of, shrink, text_part
-from ropepatch.testing._sizes import SPECIAL_TOKENS
+from ropepatch.testing._sizes import SPECIAL_TOKENS, VOCABULARY
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-KINDS = ("causal-lm", "encoder", "encoder-decoder")
+KINDS = ("causal-lm", "encoder", "encoder-decoder", "text")
+
+
+# Text models with positions that no head class of the other kinds leads to, besides those named "..._text".
+_MORE_TEXT_MODELS = ("canine", "markuplm", "mistral4", "openai_privacy_filter", "splinter", "visual_bert")
+
+# Named so, but they read speech or pictures, or have no class of their own.
+_NOT_TEXT_MODELS = ("kyutai_speech_to_text", "sam3_lite_text", "speech_to_text", "voxtral_realtime_text")
 
 
 @cache
 def model_types(kind: str = "causal-lm") -> tuple[str, ...]:
-    """The model types of a kind in the installed transformers, sorted.
+    """The model types of a kind in the installed transformers, sorted. No type is of two of the last three kinds.
 
     Args:
-        kind: "causal-lm" (a causal language model class exists), "encoder" (masked language models and text
-            encoders that are neither causal nor encoder-decoder only) or "encoder-decoder" (sequence to sequence).
+        kind: "causal-lm" (a causal language model class exists), "encoder-decoder" (sequence to sequence), "encoder"
+            (masked language models and text encoders that are not encoder-decoders) or "text" (headless text models
+            that are none of these, mostly the text parts of multimodal models).
 
     Raises:
         UnknownNameError: no such kind.
@@ -33,19 +41,28 @@ def model_types(kind: str = "causal-lm") -> tuple[str, ...]:
 
 
 def _auto_classes(kind: str) -> dict[str, Any]:
+    """Model type to the transformers Auto class that builds it."""
     import transformers
     from transformers.models.auto import modeling_auto as names
 
-    decoder_too = dict.fromkeys(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForSeq2SeqLM)
+    causal = dict.fromkeys(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM)
     if kind == "causal-lm":
-        return dict.fromkeys(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM)
+        return causal
+    both = dict.fromkeys(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForSeq2SeqLM)
     if kind == "encoder-decoder":
-        return decoder_too
+        return both
+    masked = dict.fromkeys(names.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM)
+    encoders = dict.fromkeys(names.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, transformers.AutoModelForTextEncoding)
+    encoders = {name: auto for name, auto in encoders.items() if name not in causal} | masked
     if kind == "encoder":
-        encoders = dict.fromkeys(names.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, transformers.AutoModelForTextEncoding)
-        masked = dict.fromkeys(names.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM)
-        encoders = {name: auto for name, auto in encoders.items() if name not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-        return {name: auto for name, auto in (encoders | masked).items() if name not in decoder_too}
+        return {name: auto for name, auto in encoders.items() if name not in both}
+    if kind == "text":
+        return {
+            name: transformers.AutoModel
+            for name in names.MODEL_MAPPING_NAMES
+            if name.endswith(("_text", "_text_model")) or name in _MORE_TEXT_MODELS
+            if not (name in causal or name in both or name in encoders or name in _NOT_TEXT_MODELS)
+        }
     raise unknown_name("kind", kind, KINDS)
 
 
@@ -145,7 +162,7 @@ def tiny_inputs(model: PreTrainedModel, *, length: int, batch: int = 1, seed: in
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = text_part(model.config).vocab_size
+    vocabulary = getattr(text_part(model.config), "vocab_size", VOCABULARY)  # CANINE reads characters and has none
 
     def tokens() -> Tensor:
         return torch.randint(SPECIAL_TOKENS, vocabulary, (batch, length), generator=generator)

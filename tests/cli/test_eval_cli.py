@@ -61,7 +61,7 @@ def test_a_run_leaves_the_promised_folder(finished: Path, tiny_model_folder: Pat
     assert len(summary["cells"]) == 6
     assert [row["n"] for row in summary["by_length"]] == [6, 6]
     assert summary["trained_length"] == 256
-    assert summary["title"] == "yarn (factor 2.0)"
+    assert summary["title"] == "yarn (factor 2)"
 
 
 def test_json_is_one_document_on_stdout(tiny_model_folder: Path, tmp_path: Path) -> None:

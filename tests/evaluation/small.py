@@ -139,13 +139,18 @@ def model(kind: str, *, seed: int = 0, **options: Any) -> Any:
         case "llama":
             made = t.LlamaForCausalLM(t.LlamaConfig(**{**heads, "max_position_embeddings": 4096, **common}))
         case "gemma3":
-            layers = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+            layers = {
+                "num_hidden_layers": 3,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            }
             made = t.Gemma3ForCausalLM(
                 t.Gemma3TextConfig(**{**heads, "head_dim": 8, "sliding_window": 24, **common, **layers})
             )
         case "gpt2":
             made = t.GPT2LMHeadModel(
-                t.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=options.get("n_positions", 1024))
+                t.GPT2Config(
+                    vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=options.get("n_positions", 1024)
+                )
             )
         case "mamba":
             made = t.MambaForCausalLM(t.MambaConfig(state_size=8, **common))

@@ -58,7 +58,9 @@ def test_chunks_give_the_same_logits(kind: str) -> None:
         with chunked_attention(net) as selected:
             assert selected
             cache = DynamicCache()
-            parts = [net(part, past_key_values=cache, use_cache=True).logits for part in ids.split([30, 41, 1, 18], dim=1)]
+            parts = [
+                net(part, past_key_values=cache, use_cache=True).logits for part in ids.split([30, 41, 1, 18], dim=1)
+            ]
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -78,10 +80,15 @@ def test_padding_still_counts() -> None:
 def test_one_model_only_and_put_back_after_an_error() -> None:
     net, other = model("llama"), model("llama")
     before = copy.deepcopy(vars(net.config))
-    with pytest.raises(KeyError), chunked_attention(net):
-        assert net.config._attn_implementation == NAME
-        assert other.config._attn_implementation == "sdpa"
-        raise KeyError
+
+    def fail() -> None:
+        with chunked_attention(net):
+            assert net.config._attn_implementation == NAME
+            assert other.config._attn_implementation == "sdpa"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert vars(net.config) == before
 
 

@@ -102,7 +102,9 @@ def test_computes_each_token_once_by_the_models_own_count() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.lists(st.integers(5, 7), min_size=1, max_size=12), st.lists(st.integers(5, 7), min_size=1, max_size=3)),
+        st.tuples(
+            st.lists(st.integers(5, 7), min_size=1, max_size=12), st.lists(st.integers(5, 7), min_size=1, max_size=3)
+        ),
         min_size=1,
         max_size=6,
     ),
@@ -215,7 +217,10 @@ def _fail(net: Any, error: Exception, when: Any) -> Any:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: you tried ...")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried ..."),
+    ],
 )
 def test_out_of_memory_halves_the_chunk(error: Exception) -> None:
     net = model("llama")

@@ -17,8 +17,10 @@ from ropepatch.evaluation.trie import common_prefix
 
 # The benchmark's text, written out once more: the test must not take it from the code.
 LINES = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
-    "about the important information there.",
+    (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+        "about the important information there."
+    ),
     "The pass key is {k}. Remember it. {k} is the pass key.",
     "What is the pass key? The pass key is",
 )
@@ -36,7 +38,7 @@ def _decoded(name: str, prompt: PasskeyPrompt) -> str:
     trial=st.integers(0, 50),
     digits=st.integers(1, 9),
 )
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_prompt_is_exact_and_whole(name: str, length: int, depth: float, trial: int, digits: int) -> None:
     try:
         task = PasskeyTask(tokenizer(name), longest=length, digits=digits)
@@ -67,8 +69,8 @@ def test_prompt_is_exact_and_whole(name: str, length: int, depth: float, trial: 
 
 
 @pytest.mark.parametrize("name", ["byte_level", "byte_level_bos"])
-@pytest.mark.parametrize("length", range(300, 330))
-@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+@given(length=st.integers(100, 400), depth=st.floats(0, 1))
+@settings(max_examples=30)
 def test_ids_are_the_tokenizers_own(name: str, length: int, depth: float) -> None:
     """Where a text of the exact length exists, as it does here, the ids are that text's and nothing else's."""
     prompt = PasskeyTask(tokenizer(name), longest=400).build(length, depth, 0)
@@ -146,7 +148,8 @@ def test_chat_template_is_counted() -> None:
 
 def test_real_text_is_the_haystack(tmp_path: Path) -> None:
     words = "\n\n".join(
-        " ".join(f"Sentence {i} of part {j} says nothing at all, and that is fine." for i in range(30)) for j in range(4)
+        " ".join(f"Sentence {i} of part {j} says nothing at all, and that is fine." for i in range(30))
+        for j in range(4)
     )
     (tmp_path / "b.txt").write_text("Second file.")
     (tmp_path / "a.txt").write_text(words)
@@ -203,7 +206,13 @@ def test_digits_out_of_range() -> None:
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [(None, "Cannot read"), (b"", "empty"), (b" \n\n", "empty"), (b"PNG\0\1", "not UTF-8"), (b"\xff\xfe\xff", "not UTF-8")],
+    [
+        (None, "Cannot read"),
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"PNG\0\1", "not UTF-8"),
+        (b"\xff\xfe\xff", "not UTF-8"),
+    ],
 )
 def test_unusable_text(tmp_path: Path, content: bytes | None, match: str) -> None:
     path = tmp_path / "text.txt"

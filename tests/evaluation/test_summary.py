@@ -66,7 +66,7 @@ def test_a_task_without_forced_scores_has_none() -> None:
 
 @pytest.mark.parametrize(
     ("patch", "title"),
-    [(None, "unpatched"), (YARN, "yarn (factor 2.0)"), ({"method": "nope", "options": {}}, "nope")],
+    [(None, "unpatched"), (YARN, "yarn (factor 2)"), ({"method": "nope", "options": {}}, "nope")],
 )
 def test_a_run_is_called_by_its_patch(patch: Any, title: str) -> None:
     assert run_title(configuration(patch=patch)) == title

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from ropepatch.evaluation.prompt import Ids
 from ropepatch.evaluation.trie import common_prefix, shares, token_cost, trie_size, walk
 
-_SEQUENCES = st.lists(st.lists(st.sampled_from([0, 1, 255, 256, 65536]), min_size=1, max_size=8), min_size=1, max_size=12)
+_SEQUENCES = st.lists(
+    st.lists(st.sampled_from([0, 1, 255, 256, 65536]), min_size=1, max_size=8), min_size=1, max_size=12
+)
 
 
 def _ids(sequences: list[list[int]]) -> list[Ids]:

@@ -100,9 +100,9 @@ def test_the_ending_chooses_the_format(tmp_path: Path, name: str, start: bytes) 
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("format", ["png", "svg"])
-def test_equal_summaries_give_equal_files(format: str) -> None:
-    assert figure_bytes(heatmap(FIRST), format) == figure_bytes(heatmap(FIRST), format)
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_equal_summaries_give_equal_files(kind: str) -> None:
+    assert figure_bytes(heatmap(FIRST), kind) == figure_bytes(heatmap(FIRST), kind)
 
 
 def test_bad_input_is_one_clear_error_and_no_file(tmp_path: Path) -> None:

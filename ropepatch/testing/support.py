@@ -1,0 +1,273 @@
+"""What ropepatch does to one model type, measured on a tiny random model of the real class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ropepatch.errors import RopepatchError
+from ropepatch.testing._sizes import LENGTH
+from ropepatch.testing.native import native_twin
+from ropepatch.testing.tiny import forward_logits, tiny_inputs, tiny_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+FACTOR = 4.0
+TOKENS = LENGTH + LENGTH // 2
+"""Tokens of a forward: past the trained length, where scaled and unscaled models part."""
+
+CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 1e-5
+"""Largest relative difference of two frequencies, and largest difference of two logits, that count as agreement.
+
+transformers computes its frequencies in float32 from rope_theta, ropepatch from the model's own buffer; one rounding
+of a frequency (6e-8) turns the last of `TOKENS` positions by up to 6e-6 radians.
+"""
+
+Status = Literal["exact", "close", "differs", "patched", "no effect", "refused", "error"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with its options, and the same in transformers' words (None: it has none).
+
+    Attributes:
+        name: what the tables call it.
+        method: name of the method.
+        options: of the method, for a model of `planes` planes.
+        scaling: rope parameters for transformers, likewise.
+        whole_heads: transformers' words mean the same only where whole heads are rotated.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    scaling: dict[str, Any] | None
+    whole_heads: bool = False
+
+    def fitted(self, planes: int) -> Case:
+        """The case for a model that turns so many planes: lists of divisors get their length."""
+        divisors = {
+            "short_factor": [1.0 + 0.02 * plane for plane in range(planes)],
+            "long_factor": [1.0 + 0.5 * plane for plane in range(planes)],
+        }
+        if self.method != "longrope":
+            return self
+        assert self.scaling is not None
+        return replace(self, options={**self.options, **divisors}, scaling={**self.scaling, **divisors})
+
+
+_TRAINED = {"original_max_position_embeddings": LENGTH}
+_LLAMA3 = {"factor": FACTOR, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_MSCALE = {"factor": FACTOR, "mscale": 1.0, "mscale_all_dim": 0.5}
+
+CASES: tuple[Case, ...] = (
+    Case("linear", "linear", {"factor": FACTOR}, {"rope_type": "linear", "factor": FACTOR}),
+    Case("yarn", "yarn", {"factor": FACTOR}, {"rope_type": "yarn", "factor": FACTOR, **_TRAINED}),
+    Case("yarn mscale", "yarn", _MSCALE, {"rope_type": "yarn", **_MSCALE, **_TRAINED}),
+    Case("longrope", "longrope", {"factor": FACTOR}, {"rope_type": "longrope", "factor": FACTOR, **_TRAINED}),
+    Case("llama3", "llama3", _LLAMA3, {"rope_type": "llama3", **_LLAMA3, **_TRAINED}),
+    Case(
+        "proportional",
+        "proportional",
+        {"partial_rotary_factor": 0.5, "factor": FACTOR},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": FACTOR},
+        whole_heads=True,
+    ),
+    Case("ntk", "ntk", {"factor": FACTOR}, None),
+    Case("ntk_by_parts", "ntk_by_parts", {"factor": FACTOR}, None),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one case did to one model.
+
+    Attributes:
+        status: "exact" or "close": patched, and equal to transformers' own scaling bit for bit, or within
+            `CLOSE_FREQUENCIES` and `CLOSE_LOGITS`. "differs": patched, and unlike transformers' own. "patched":
+            patched, and transformers has no own way. "no effect": patched, and the logits stayed. "refused": a
+            clear error. "error": anything else, a bug.
+        logits: largest difference of two logits from transformers' own scaling, None without one.
+        frequencies: largest relative difference of two frequencies from transformers' own, None without one.
+        reloaded: largest difference of two logits between the patched model and one that plain transformers builds
+            from the patched model's config and weights; None when it cannot.
+        detail: the reason of a refusal, why there is no native way, what went wrong; or "".
+    """
+
+    status: Status
+    logits: float | None = None
+    frequencies: float | None = None
+    reloaded: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Support:
+    """What was measured of one model type.
+
+    Attributes:
+        model_type: transformers' name.
+        kind: see `model_types`.
+        built: whether a tiny model could be built.
+        mechanism: as `ropepatch.inspect` names it, "" when not built.
+        native_scaling: the scaling that the class's default config carries, or None.
+        detail: why it was not built or could not be run; or "".
+        outcomes: by case name; empty when the model was not built or could not be run.
+    """
+
+    model_type: str
+    kind: str
+    built: bool
+    mechanism: str = ""
+    native_scaling: str | None = None
+    detail: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def measure(model_type: str, kind: str = "causal-lm", cases: tuple[Case, ...] = CASES) -> Support:
+    """Build, inspect, patch with every case, compare with transformers' own scaling, undo and compare again.
+
+    Args:
+        model_type: transformers' name; `model_types(kind)` lists them.
+        kind: see `model_types`.
+        cases: what to patch with.
+
+    Raises:
+        UnknownNameError: no such kind or model type.
+        Exception: whatever a bug in discovery raises; what a patch raises is in the outcomes.
+    """
+    import ropepatch
+
+    try:
+        model = tiny_model(model_type, kind)
+    except RopepatchError as error:
+        return Support(model_type, kind, built=False, detail=str(error))
+    seen = ropepatch.inspect(model)
+    inputs = tiny_inputs(model, length=_tokens(seen.sites))
+    try:
+        before = forward_logits(model, **inputs)
+    except Exception as error:  # noqa: BLE001 (a model's own forward may raise anything)
+        detail = f"a forward on token ids alone fails ({_one_line(error)})"
+        return Support(model_type, kind, True, seen.mechanism, seen.native_scaling, detail)
+    planes = next((site["rotary_dim"] // 2 for site in seen.sites if site["rotary_dim"] and site["part"] == "text"), 1)
+    outcomes = {case.name: _outcome(model, inputs, before, case.fitted(planes)) for case in cases}
+    return Support(model_type, kind, True, seen.mechanism, seen.native_scaling, outcomes=outcomes)
+
+
+def _tokens(sites: Iterable[Mapping[str, Any]]) -> int:
+    """As many as every table of the text part has rows for; past the trained length where none ends there."""
+    rows = [site["length"] for site in sites if site["part"] == "text" and site["kind"] in ("table", "sincos_table")]
+    return min([TOKENS, *(count // 2 for count in rows if count)])
+
+
+def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, case: Case) -> Outcome:
+    import ropepatch
+
+    state = _state(model)
+    seen = ropepatch.inspect(model)
+    try:
+        ropepatch.patch(model, case.method, on_scaled="replace" if seen.native_scaling else None, **case.options)
+    except RopepatchError as error:
+        undone = _undone(model, inputs, before, state)
+        return Outcome("error", detail=f"refused, but {undone}") if undone else Outcome("refused", detail=str(error))
+    except Exception as error:  # noqa: BLE001 (a matrix reports bugs, it does not stop at the first)
+        return Outcome("error", detail=_one_line(error))
+    after, frequencies = forward_logits(model, **inputs), _frequencies(model)
+    reloaded, why = _reloaded(model, inputs, after)
+    ropepatch.unpatch(model)
+    undone = _undone(model, inputs, before, state)
+    if undone:
+        return Outcome("error", detail=f"after unpatch {undone}")
+    if after.equal(before):
+        return Outcome("no effect")
+    outcome = Outcome("patched", detail="only part of each head is rotated: transformers has no word for it")
+    if not (case.whole_heads and any(_partial(site) for site in seen.sites)):
+        outcome = _compared(model, inputs, before, after, frequencies, case)
+    detail = "; ".join(text for text in (outcome.detail, why) if text)
+    return replace(outcome, reloaded=reloaded, detail=detail)
+
+
+def _partial(site: Mapping[str, Any]) -> bool:
+    return bool(site["part"] == "text" and site["rotary_dim"] and site["rotary_dim"] != site["head_dim"])
+
+
+def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers() if name.endswith("inv_freq") and "original" not in name}
+
+
+def _reloaded(model: PreTrainedModel, inputs: dict[str, Tensor], after: Tensor) -> tuple[float | None, str]:
+    """How far the logits of a plain transformers model of the patched config are off, or None and why."""
+    try:
+        other = type(model)._from_config(deepcopy(model.config), dtype=next(model.parameters()).dtype)
+        other.load_state_dict(model.state_dict())
+        return float((forward_logits(other.eval(), **inputs) - after).abs().max()), ""
+    except Exception as error:  # noqa: BLE001 (transformers may fail in any way on a config it does not support)
+        return None, f"transformers cannot use the patched config ({_one_line(error)})"
+
+
+def _compared(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    before: Tensor,
+    after: Tensor,
+    frequencies: dict[str, Tensor],
+    case: Case,
+) -> Outcome:
+    if case.scaling is None:
+        return Outcome("patched")
+    try:
+        twin = native_twin(model, case.scaling)
+        native = forward_logits(twin, **inputs) if twin is not None else None
+    except Exception as error:  # noqa: BLE001 (transformers may fail in any way on a scaling it does not support)
+        return Outcome("patched", detail=f"transformers itself fails with this scaling ({_one_line(error)})")
+    if twin is None or native is None:
+        return Outcome("patched", detail="the config has no rope parameters")
+    if native.equal(before):
+        return Outcome("patched", detail="transformers itself ignores this scaling here")
+    off = float((after - native).abs().max())
+    relative = _relative(frequencies, _frequencies(twin))
+    close = off <= CLOSE_LOGITS and relative <= CLOSE_FREQUENCIES
+    return Outcome("exact" if after.equal(native) else "close" if close else "differs", off, relative)
+
+
+def _relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    if any(values.shape != theirs[name].shape for name, values in ours.items()):
+        return float("inf")
+    off = [((values - theirs[name]).abs() / theirs[name].abs().clamp(min=1e-30)).max() for name, values in ours.items()]
+    return float(max(off, default=0.0))
+
+
+def _state(model: PreTrainedModel) -> dict[str, Any]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "config": model.config.to_dict(),
+        "tensors": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "keys": list(model.state_dict()),
+        "attention": model.config._attn_implementation,
+    }
+
+
+def _undone(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, state: dict[str, Any]) -> str:
+    """What is not as it was, or ""."""
+    now = _state(model)
+    for what in ("config", "keys", "attention"):
+        if now[what] != state[what]:
+            return f"the {what} differs"
+    if now["tensors"].keys() != state["tensors"].keys():
+        return "there are other parameters or buffers"
+    changed = [name for name, tensor in state["tensors"].items() if not tensor.equal(now["tensors"][name])]
+    if changed:
+        return f"{changed[0]} differs"
+    return "" if forward_logits(model, **inputs).equal(before) else "the logits differ"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
