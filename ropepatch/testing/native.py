@@ -11,8 +11,10 @@ from ropepatch.testing._shrink import parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SCALING_KEYS = ("type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
-_MORE_KEYS = ("mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor")
+_SCALING_KEYS = frozenset(
+    "type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor "
+    "short_factor long_factor".split()
+)
 _LOCAL = ("sliding", "chunked", "local")
 _OTHER_MODALITIES = ("vision", "audio", "image", "speech", "protein")
 
@@ -29,7 +31,8 @@ def native_twin(model: PreTrainedModel, scaling: Mapping[str, Any]) -> PreTraine
             Where the model keeps parameters per layer type, they are written for all but local layers.
 
     Returns:
-        The twin, in evaluation mode; None when no config of the text part has rope parameters.
+        The twin, in evaluation mode; None when the config has no words for it: it has no rope parameters, or its
+        rotary is of transformers' "proportional" form, which takes no other scaling than a factor.
     """
     config = deepcopy(model.config)
     if not _rescale(config, scaling):
@@ -44,7 +47,10 @@ def _rescale(config: Any, scaling: Mapping[str, Any]) -> bool:
     for part in _text_parts(config):
         parameters = getattr(part, "rope_parameters", None)
         if parameters:
-            part.rope_parameters = _with_scaling(parameters, scaling)
+            new = _with_scaling(parameters, scaling)
+            if new is None:
+                return False
+            part.rope_parameters = new
             changed = True
     return changed
 
@@ -56,11 +62,12 @@ def _text_parts(config: Any) -> Iterator[Any]:
             yield from _text_parts(part)
 
 
-def _with_scaling(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+def _with_scaling(parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     labels = [label for label, inner in parameters.items() if isinstance(inner, dict)]
-    if not labels:
-        kept = {key: value for key, value in parameters.items() if key not in (*_SCALING_KEYS, *_MORE_KEYS)}
-        return {**kept, **scaling}
-    far = [label for label in labels if not any(word in label for word in _LOCAL)] or labels
-    changed = {label: _with_scaling(parameters[label], scaling) for label in far}
-    return {**parameters, **changed}
+    if labels:
+        far = [label for label in labels if not any(word in label for word in _LOCAL)] or labels
+        changed = {label: _with_scaling(parameters[label], scaling) for label in far}
+        return None if None in changed.values() else {**parameters, **changed}
+    if parameters.get("rope_type") == "proportional":
+        return {**parameters, "factor": scaling["factor"]} if scaling["rope_type"] == "linear" else None
+    return {**{key: value for key, value in parameters.items() if key not in _SCALING_KEYS}, **scaling}

@@ -20,11 +20,11 @@ FACTOR = 4.0
 TOKENS = LENGTH + LENGTH // 2
 """Tokens of a forward: past the trained length, where scaled and unscaled models part."""
 
-CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 1e-5
+CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 1e-4
 """Largest relative difference of two frequencies, and largest difference of two logits, that count as agreement.
 
-transformers computes its frequencies in float32 from rope_theta, ropepatch from the model's own buffer; one rounding
-of a frequency (6e-8) turns the last of `TOKENS` positions by up to 6e-6 radians.
+transformers computes its frequencies in float32 from rope_theta, ropepatch from the model's own buffer: they may
+differ by a rounding or two (6e-8 each), which turns the last of `TOKENS` positions by some 1e-5 radians.
 """
 
 Status = Literal["exact", "close", "differs", "patched", "no effect", "refused", "error"]
@@ -56,8 +56,9 @@ class Case:
         }
         if self.method != "longrope":
             return self
-        assert self.scaling is not None
-        return replace(self, options={**self.options, **divisors}, scaling={**self.scaling, **divisors})
+        # transformers chooses a list in every call, and by the compressed length where a layer compresses.
+        static = {**divisors, "short_factor": divisors["long_factor"]}
+        return replace(self, options={**self.options, **divisors}, scaling={**(self.scaling or {}), **static})
 
 
 _TRAINED = {"original_max_position_embeddings": LENGTH}
@@ -151,7 +152,7 @@ def measure(model_type: str, kind: str = "causal-lm", cases: tuple[Case, ...] = 
     except RopepatchError as error:
         return Support(model_type, kind, built=False, detail=str(error))
     seen = ropepatch.inspect(model)
-    inputs = tiny_inputs(model, length=_tokens(seen.sites))
+    inputs = tiny_inputs(model, length=_tokens(seen.sites, seen.mechanism))
     try:
         before = forward_logits(model, **inputs)
     except Exception as error:  # noqa: BLE001 (a model's own forward may raise anything)
@@ -162,10 +163,10 @@ def measure(model_type: str, kind: str = "causal-lm", cases: tuple[Case, ...] = 
     return Support(model_type, kind, True, seen.mechanism, seen.native_scaling, outcomes=outcomes)
 
 
-def _tokens(sites: Iterable[Mapping[str, Any]]) -> int:
-    """As many as every table of the text part has rows for; past the trained length where none ends there."""
-    rows = [site["length"] for site in sites if site["part"] == "text" and site["kind"] in ("table", "sincos_table")]
-    return min([TOKENS, *(count // 2 for count in rows if count)])
+def _tokens(sites: Iterable[Mapping[str, Any]], mechanism: str) -> int:
+    """Past the trained length where the mechanism allows it, else well within."""
+    kinds = {site["kind"] for site in sites if site["part"] == "text"}
+    return TOKENS if mechanism.startswith("rotary") and not kinds & {"table", "sincos_table"} else LENGTH // 2
 
 
 def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, case: Case) -> Outcome:
@@ -173,16 +174,24 @@ def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, 
 
     state = _state(model)
     seen = ropepatch.inspect(model)
+    how: dict[str, Any] = {
+        "on_scaled": "replace" if seen.native_scaling else None,
+        "original_length": LENGTH if seen.trained_length is None else None,
+    }
     try:
-        ropepatch.patch(model, case.method, on_scaled="replace" if seen.native_scaling else None, **case.options)
+        ropepatch.patch(model, case.method, **how, **case.options)
     except RopepatchError as error:
         undone = _undone(model, inputs, before, state)
         return Outcome("error", detail=f"refused, but {undone}") if undone else Outcome("refused", detail=str(error))
     except Exception as error:  # noqa: BLE001 (a matrix reports bugs, it does not stop at the first)
         return Outcome("error", detail=_one_line(error))
-    after, frequencies = forward_logits(model, **inputs), _frequencies(model)
-    reloaded, why = _reloaded(model, inputs, after)
-    ropepatch.unpatch(model)
+    try:
+        after, frequencies = forward_logits(model, **inputs), _frequencies(model)
+    except Exception as error:  # noqa: BLE001
+        return Outcome("error", detail=f"the patched model does not run ({_one_line(error)})")
+    finally:
+        again, why = _reloaded(model, inputs)
+        ropepatch.unpatch(model)
     undone = _undone(model, inputs, before, state)
     if undone:
         return Outcome("error", detail=f"after unpatch {undone}")
@@ -192,7 +201,7 @@ def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, 
     if not (case.whole_heads and any(_partial(site) for site in seen.sites)):
         outcome = _compared(model, inputs, before, after, frequencies, case)
     detail = "; ".join(text for text in (outcome.detail, why) if text)
-    return replace(outcome, reloaded=reloaded, detail=detail)
+    return replace(outcome, reloaded=None if again is None else float((again - after).abs().max()), detail=detail)
 
 
 def _partial(site: Mapping[str, Any]) -> bool:
@@ -203,12 +212,12 @@ def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: b.clone() for name, b in model.named_buffers() if name.endswith("inv_freq") and "original" not in name}
 
 
-def _reloaded(model: PreTrainedModel, inputs: dict[str, Tensor], after: Tensor) -> tuple[float | None, str]:
-    """How far the logits of a plain transformers model of the patched config are off, or None and why."""
+def _reloaded(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:
+    """Logits of a plain transformers model of the patched config and weights, or None and why."""
     try:
         other = type(model)._from_config(deepcopy(model.config), dtype=next(model.parameters()).dtype)
         other.load_state_dict(model.state_dict())
-        return float((forward_logits(other.eval(), **inputs) - after).abs().max()), ""
+        return forward_logits(other.eval(), **inputs), ""
     except Exception as error:  # noqa: BLE001 (transformers may fail in any way on a config it does not support)
         return None, f"transformers cannot use the patched config ({_one_line(error)})"
 
@@ -221,6 +230,7 @@ def _compared(
     frequencies: dict[str, Tensor],
     case: Case,
 ) -> Outcome:
+    """What the status is, given that the patch has changed the logits from `before` to `after`."""
     if case.scaling is None:
         return Outcome("patched")
     try:
@@ -229,7 +239,7 @@ def _compared(
     except Exception as error:  # noqa: BLE001 (transformers may fail in any way on a scaling it does not support)
         return Outcome("patched", detail=f"transformers itself fails with this scaling ({_one_line(error)})")
     if twin is None or native is None:
-        return Outcome("patched", detail="the config has no rope parameters")
+        return Outcome("patched", detail="transformers has no word for it in this config")
     if native.equal(before):
         return Outcome("patched", detail="transformers itself ignores this scaling here")
     off = float((after - native).abs().max())

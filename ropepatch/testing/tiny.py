@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = ("causal-lm", "encoder", "encoder-decoder", "text")
 
+_NOISE = 0.1
 
 # Text models with positions that no head class of the other kinds leads to, besides those named "..._text".
 _MORE_TEXT_MODELS = ("canine", "markuplm", "mistral4", "openai_privacy_filter", "splinter", "visual_bert")
@@ -128,6 +129,7 @@ def tiny_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _build(_auto_classes(kind)[model_type], config, dtype or torch.float32)
+            _stir(model)
     except Exception as error:
         raise _cannot("model", model_type, error) from error
     return model.eval()
@@ -139,6 +141,16 @@ def _build(auto_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     # A composite config may stand for a model of one of its parts: Musicgen's language model is its decoder.
     parts = [part for _, part in parts_of(config) if type(part) is model_class.config_class]
     return model_class._from_config(parts[0] if parts else config, dtype=dtype)
+
+
+def _stir(model: PreTrainedModel) -> None:
+    """Noise on what the class initialises to one constant: a gate of zeros would hide everything behind it."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point() and parameter.min() == parameter.max():
+                parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
 
 
 def _cannot(what: str, model_type: str, error: Exception) -> UnsupportedModelError:
