@@ -41,7 +41,8 @@ def length_dependent_rope(model: Any, tokens: int) -> str | None:
     config = model.config.get_text_config(decoder=True)
     for scaling in _scalings(getattr(config, "rope_parameters", None)):
         kind = scaling.get("rope_type")
-        if kind in _LENGTH_DEPENDENT:
+        # One list in both places is a static choice, which is how a patch without a word of its own is written.
+        if kind in _LENGTH_DEPENDENT and (kind != "longrope" or scaling["short_factor"] != scaling["long_factor"]):
             lengths = (scaling.get("original_max_position_embeddings"), config.max_position_embeddings)
             if tokens > min(length for length in lengths if length is not None):
                 return str(kind)
