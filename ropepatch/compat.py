@@ -13,7 +13,7 @@ from ropepatch.errors import DependencyError
 
 # Package -> (lowest supported, first unsupported or None). The lowest and the newest transformers are both tested.
 SUPPORTED: dict[str, tuple[str, str | None]] = {
-    "torch": ("2.6", None),
+    "torch": ("2.7", None),
     "transformers": ("5.6.0", "5.24"),
 }
 

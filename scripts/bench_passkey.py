@@ -94,14 +94,15 @@ def bench(name: str, dtype: str, grid: str, repeats: int, float32: bool) -> None
     queries = queries_of(grid, tokenizer)
     for warm in filter(None, (model, full)):
         plain(warm, queries[:1])
-    ours, same, slow = [], [], []
+    ours: list[float] = []
+    rivals: dict[str, list[float]] = {"same dtype": [], "float32": []}
     for _ in range(repeats):
         seconds, (work, found) = timed(lambda: reuse(model, queries))
         ours.append(seconds)
         seconds, expected = timed(lambda: plain(model, queries))
-        same.append(seconds)
+        rivals["same dtype"].append(seconds)
         if full is not None:
-            slow.append(timed(lambda: plain(full, queries))[0])
+            rivals["float32"].append(timed(lambda: plain(full, queries))[0])
     right = [query.answer.tolist() for query in queries]
     agree = sum(a[: len(b)] == b for a, b in zip(found, expected, strict=True))
     print(f"grid {grid} (length:depths:trials), {name}, {model.dtype}, {len(queries)} trials, {repeats} rounds")
@@ -110,12 +111,12 @@ def bench(name: str, dtype: str, grid: str, repeats: int, float32: bool) -> None
     )
     print(f"  generated alike {agree}/{len(queries)}; right {sum(a == b for a, b in zip(found, right, strict=True))}")
     print(f"  reuse             {statistics.median(ours):8.1f} s")
-    for label, seconds in (("same dtype", same), ("float32", slow)):
-        if seconds:
-            ratio = statistics.median(theirs / own for theirs, own in zip(seconds, ours, strict=True))
+    for label, times in rivals.items():
+        if times:
+            ratio = statistics.median(theirs / own for theirs, own in zip(times, ours, strict=True))
             target = TARGETS.get(grid, {}).get(label)
             verdict = "" if target is None else f"  (target {target}: {'met' if ratio >= target else 'MISSED'})"
-            print(f"  plain, {label:10} {statistics.median(seconds):8.1f} s   {ratio:.2f} x{verdict}", flush=True)
+            print(f"  plain, {label:10} {statistics.median(times):8.1f} s   {ratio:.2f} x{verdict}", flush=True)
 
 
 def memory(name: str, dtype: str, grid: str) -> dict[str, int]:

@@ -32,11 +32,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Grid:
-    """What every run of the demo measures; tokens, places of the key, prompts of each."""
+    """What every run of the demo measures: prompt lengths in tokens, places of the key, prompts of each."""
 
-    lengths: tuple[int, ...] = (4096, 10240)
+    lengths: tuple[int, ...] = (4096, 12288)
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    trials: int = 1
+    trials: int = 2
 
 
 MODEL = "demo:smollm2"
@@ -72,8 +72,8 @@ def run_demo(
         model_name: what `load_model` takes.
         settings: the runs in order, the unpatched one first.
         grid: what each run measures; default `Grid()`.
-        minutes: no further run is started that would end later than this, counted from the loaded model; the first
-            two are made in any case.
+        minutes: no further run is started that would likely end later than this, counted from now; the first two
+            are made in any case.
         dtype: as for `load_model`.
         console: where to print; default standard output.
 
@@ -89,11 +89,11 @@ def run_demo(
     require_matplotlib()
     grid = grid or Grid()
     console = console or Console()
+    clock = _Clock(minutes)
     console.print(f"loading {model_name} (converted once, which takes about half a minute)", highlight=False)
     model, tokenizer = load_model(model_name, dtype=dtype)
     console.print(str(ropepatch.inspect(model)), markup=False, highlight=False, soft_wrap=True)
 
-    clock = _Clock(minutes)
     done: list[Setting] = []
     for number, setting in enumerate(settings, start=1):
         if number > ALWAYS and not clock.has_time():
@@ -155,7 +155,7 @@ class _Clock:
         self._longest = max(self._longest, time.monotonic() - self._began)
 
     def has_time(self) -> bool:
-        return time.monotonic() + self._longest <= self._end
+        return time.monotonic() + 1.1 * self._longest <= self._end
 
     def left(self, runs: int) -> str:
         """The remaining time of so many runs, in words; empty before anything was measured."""

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ropepatch.cli._demo import FIGURE, REPORT, Grid, run_demo
 from ropepatch.cli._shared import parse_floats, parse_ints
 from ropepatch.errors import UsageError
+
+GRID = Grid()
 
 
 def main(
@@ -18,13 +21,13 @@ def main(
     minutes: Annotated[
         float, typer.Option(metavar="N", help="Start no further method that would end later; two always run.")
     ] = 8.0,
-    lengths: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Prompt lengths in tokens. [default: 4096,10240]")
-    ] = None,
-    depths: Annotated[
-        str | None, typer.Option(metavar="X,X,...", help="Places of the key. [default: 0.1,0.3,0.5,0.7,0.9]")
-    ] = None,
-    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of each length and depth.")] = 1,
+    lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Prompt lengths in tokens.")] = ",".join(
+        map(str, GRID.lengths)
+    ),
+    depths: Annotated[str, typer.Option(metavar="X,X,...", help="Places of the key, 0 to 1.")] = ",".join(
+        map(str, GRID.depths)
+    ),
+    trials: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of each length and depth.")] = GRID.trials,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or auto: bfloat16 where it is fast.")
     ] = "auto",
@@ -40,20 +43,13 @@ def main(
     \b
     Examples:
       ropepatch demo
-      ropepatch demo --output runs/demo --minutes 30 --lengths 2048,8192,12288 --trials 3
+      ropepatch demo --output runs/demo --minutes 30 --lengths 2048,8192,16384
     """
     if not minutes > 0:
         raise UsageError("--minutes must be positive", given=minutes)
     from rich.console import Console
 
-    from ropepatch.cli._demo import FIGURE, REPORT, Grid, run_demo
-
-    default = Grid()
-    grid = Grid(
-        default.lengths if lengths is None else tuple(parse_ints(lengths, name="--lengths")),
-        default.depths if depths is None else tuple(parse_floats(depths, name="--depths")),
-        trials,
-    )
+    grid = Grid(tuple(parse_ints(lengths, name="--lengths")), tuple(parse_floats(depths, name="--depths")), trials)
     console = Console()
     comparison = run_demo(output, grid=grid, minutes=minutes, dtype=dtype, console=console)
     console.print(comparison.table())

@@ -9,7 +9,7 @@ the engine decode token by token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,14 +112,15 @@ class Engine:
         self._remembers_length = False
 
     def __enter__(self) -> Engine:
-        self._was_training = self.model.training
+        self._modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._reader = None
         self._stack.close()
-        self.model.train(self._was_training)
+        for module, training in self._modes:
+            module.training = training
 
     @torch.inference_mode()
     def prepare(self, queries: Sequence[Query]) -> list[Visit]:
@@ -134,7 +135,11 @@ class Engine:
         # transformers' dynamic scaling remembers the longest input; a short one makes it forget.
         self._remembers_length = rope is not None
         if rope is not None:
-            self.reuse, self.reason = False, f"its {rope} rotary embedding changes with the length of the input"
+            self._reader, self.reuse, self.reason = (
+                None,
+                False,
+                f"its {rope} rotary embedding changes with the length of the input",
+            )
         else:
             self._choose(max((q.sequence for q in queries), key=len)[:_PROBE])
         visits = walk([q.sequence for q in queries])
@@ -145,6 +150,8 @@ class Engine:
     @torch.inference_mode()
     def _choose(self, ids: Ids) -> None:
         """Take the fastest way that agrees with a plain forward."""
+        self._reader = None
+        self._stack.close()
         wanted = full_logits(self.model, ids).float()
         for fast in (True, False):
             with ExitStack() as attempt:
@@ -177,7 +184,7 @@ class Engine:
         max_new_tokens: int,
         done: Callable[[list[int]], bool] | None = None,
         end_tokens: frozenset[int] = frozenset(),
-    ) -> Iterator[Outcome]:
+    ) -> Generator[Outcome, None, None]:
         """Answer the queries, each yielded as soon as it is done.
 
         Args:

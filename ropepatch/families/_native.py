@@ -55,17 +55,15 @@ def current_frequencies(host: nn.Module, site: Site) -> Tensor:
 
 
 def default_frequencies(host: nn.Module, site: Site) -> Tensor:
-    """The frequencies that the module has without any scaling, float32, CPU, [rotary_dim / 2]."""
+    """The frequencies that the module has without any scaling, float32, CPU, [rotary_dim / 2].
+
+    The module's own default, or the plain series where it has none, or one of another width: some models compute
+    their default for the whole head although only a part of it is rotated.
+    """
     module = host.get_submodule(site.path)
     compute = getattr(module, "compute_default_rope_parameters", None)
-    if compute is None:
-        return theta_series(site)
-    inv_freq = _call_init(compute, config_of(host, module), site)[0]
-    if 2 * inv_freq.numel() != site.rotary_dim:
-        raise UnsupportedModelError(
-            f"the unscaled frequencies of {site.where} could not be recomputed", given=tuple(inv_freq.shape)
-        )
-    return inv_freq
+    inv_freq = _call_init(compute, config_of(host, module), site)[0] if compute is not None else None
+    return inv_freq if inv_freq is not None and 2 * inv_freq.numel() == site.rotary_dim else theta_series(site)
 
 
 def theta_series(site: Site) -> Tensor:

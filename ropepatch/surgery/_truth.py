@@ -22,16 +22,22 @@ _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 _STILL = 1e30
 
 
-def spelled(geometry: RotaryGeometry, result: Frequencies, label: str | None) -> dict[str, Any]:
-    """`result` in transformers' words: the method's own, else its frequencies as `longrope` factors."""
+def spelled(geometry: RotaryGeometry, result: Frequencies, label: str | None, config: Any) -> dict[str, Any]:
+    """`result` in the words that transformers reads at this place: the method's own, else `longrope` factors."""
     words = result.rope_parameters
-    # transformers looks for yarn's `truncate` at the top of the dict only: under a label it would not be read.
-    unread = label is not None and words is not None and words.get("truncate") is False
-    if words is None or unread:
+    if words is None or _goes_unread(words, label, config):
         words = as_longrope(geometry, result.inv_freq, result.attention_scaling, result.target_length)
     if words["rope_type"] in _NEEDS_ORIGINAL:
         words = {"original_max_position_embeddings": geometry.original_length, **words}
     return dict(words)
+
+
+def _goes_unread(words: dict[str, Any], label: str | None, config: Any) -> bool:
+    # yarn's `truncate` is looked for at the top of the dict only, not under a label.
+    unread_truncate = label is not None and words.get("truncate") is False
+    # A model with one theta a layer uses it as a name: it must stay.
+    unread_theta = "rope_theta" in words and hasattr(config, "layer_rope_theta")
+    return unread_truncate or unread_theta
 
 
 def as_longrope(geometry: RotaryGeometry, inv_freq: Tensor, gain: float, target_length: int) -> dict[str, Any]:
@@ -54,4 +60,7 @@ def merged(parameters: dict[str, Any], label: str | None, words: dict[str, Any])
     nested = parameters.get(label) if label is not None else None
     old = nested if isinstance(nested, dict) else parameters
     new = {**{key: value for key, value in old.items() if key not in _SCALING_KEYS}, **words}
+    if "llama_4_scaling_beta" in old:
+        # The attention modules of such a model scale queries by the position over this length, scaled rotary or not.
+        new.setdefault("original_max_position_embeddings", old["original_max_position_embeddings"])
     return {**parameters, label: new} if isinstance(nested, dict) and label is not None else new

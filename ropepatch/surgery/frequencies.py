@@ -205,35 +205,26 @@ def _softmax_change(item: SitePlan) -> float:
 
 def _apply_config(host: nn.Module, plans: Sequence[SitePlan], changes: list[Change]) -> None:
     """Write what was done into every config that a changed module holds, and into the model's own."""
-    targets = {item.site.path: item for item in plans if hasattr(host.get_submodule(item.site.path), "config")}
-    main = plans[0]
-    target_length = max(item.result.target_length for item in plans)
+    places = {item.site.path for item in plans if hasattr(host.get_submodule(item.site.path), "config")}
     for item in plans:
-        path = item.site.path if item.site.path in targets else ""
-        _write_config(
-            host, path, item, spelled(item.geometry, item.result, item.site.layer_type), target_length, changes
-        )
+        _write_config(host, item.site.path if item.site.path in places else "", item, plans, changes)
     root: Any = host.config
-    text = root.get_text_config(decoder=True)
-    if text is root and all(host.get_submodule(path).config is not root for path in targets):
-        # Modules with copies of the config: the model's own is what gets saved. Bases are each copy's own.
-        words = {
-            key: value
-            for key, value in spelled(main.geometry, main.result, main.site.layer_type).items()
-            if key != "rope_theta"
-        }
-        _write_config(host, "", main, words, target_length, changes)
+    if root.get_text_config(decoder=True) is root and all(
+        host.get_submodule(path).config is not root for path in places
+    ):
+        # The modules hold copies of the config: the model's own is what gets saved.
+        _write_config(host, "", plans[0], plans, changes)
 
 
-def _write_config(
-    host: nn.Module, path: str, item: SitePlan, words: dict[str, Any], target_length: int, changes: list[Change]
-) -> None:
+def _write_config(host: nn.Module, path: str, item: SitePlan, plans: Sequence[SitePlan], changes: list[Change]) -> None:
     config: Any = host.get_submodule(path).config
     parameters = getattr(config, "rope_parameters", None)
     if parameters:
+        words = spelled(item.geometry, item.result, item.site.layer_type, config)
         new = merged(parameters, item.site.layer_type, words)
         if new != parameters:
             changes.append(ConfigChange.apply(host, path, "rope_parameters", new))
     name = length_name(config)
+    target_length = max(other.result.target_length for other in plans)
     if name and getattr(config, name) != target_length:
         changes.append(ConfigChange.apply(host, path, name, target_length))

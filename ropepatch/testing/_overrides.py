@@ -29,9 +29,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": _THREE_AXES},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
+    # One scaled layer, one that stays unscaled.
+    "molmo2_text": {"rope_scaling_layers": [1]},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "deepseek_v4": {"head_dim": 64},  # of which an eighth is rotated
+    # The relative terms, which all released models have and the class's defaults leave out.
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SCALING_KEYS = frozenset(
-    "type factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor "
-    "short_factor long_factor".split()
+    (
+        *("type", "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+    )
 )
 _LOCAL = ("sliding", "chunked", "local")
 _OTHER_MODALITIES = ("vision", "audio", "image", "speech", "protein")

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ropepatch.errors import RopepatchError
+from ropepatch.errors import RopepatchError, UnsupportedModelError
 from ropepatch.testing._sizes import LENGTH
 from ropepatch.testing.native import native_twin
 from ropepatch.testing.tiny import forward_logits, tiny_inputs, tiny_model
@@ -20,7 +20,7 @@ FACTOR = 4.0
 TOKENS = LENGTH + LENGTH // 2
 """Tokens of a forward: past the trained length, where scaled and unscaled models part."""
 
-CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 1e-4
+CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 5e-5
 """Largest relative difference of two frequencies, and largest difference of two logits, that count as agreement.
 
 transformers computes its frequencies in float32 from rope_theta, ropepatch from the model's own buffer: they may
@@ -129,8 +129,12 @@ class Support:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
+        """Plain data, ready for JSON; an outcome without what does not apply to it."""
+        outcomes = {
+            name: {key: value for key, value in asdict(outcome).items() if value not in (None, "")}
+            for name, outcome in self.outcomes.items()
+        }
+        return {**asdict(self), "outcomes": outcomes}
 
 
 def measure(model_type: str, kind: str = "causal-lm", cases: tuple[Case, ...] = CASES) -> Support:
@@ -149,7 +153,7 @@ def measure(model_type: str, kind: str = "causal-lm", cases: tuple[Case, ...] = 
 
     try:
         model = tiny_model(model_type, kind)
-    except RopepatchError as error:
+    except UnsupportedModelError as error:
         return Support(model_type, kind, built=False, detail=str(error))
     seen = ropepatch.inspect(model)
     inputs = tiny_inputs(model, length=_tokens(seen.sites, seen.mechanism))
@@ -173,6 +177,7 @@ def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, 
     import ropepatch
 
     state = _state(model)
+    unscaled = _frequencies(model)
     seen = ropepatch.inspect(model)
     how: dict[str, Any] = {
         "on_scaled": "replace" if seen.native_scaling else None,
@@ -186,7 +191,9 @@ def _outcome(model: PreTrainedModel, inputs: dict[str, Tensor], before: Tensor, 
     except Exception as error:  # noqa: BLE001 (a matrix reports bugs, it does not stop at the first)
         return Outcome("error", detail=_one_line(error))
     try:
-        after, frequencies = forward_logits(model, **inputs), _frequencies(model)
+        after = forward_logits(model, **inputs)
+        # Not those of modules that were left alone: a model may keep a rotary module that it never calls.
+        frequencies = {name: b for name, b in _frequencies(model).items() if not b.equal(unscaled[name])}
     except Exception as error:  # noqa: BLE001
         return Outcome("error", detail=f"the patched model does not run ({_one_line(error)})")
     finally:
@@ -209,7 +216,8 @@ def _partial(site: Mapping[str, Any]) -> bool:
 
 
 def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: b.clone() for name, b in model.named_buffers() if name.endswith("inv_freq") and "original" not in name}
+    named = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    return {name: buffer.clone() for name, buffer in named if "original" not in name}
 
 
 def _reloaded(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor | None, str]:

@@ -149,8 +149,12 @@ def _stir(model: PreTrainedModel) -> None:
 
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_floating_point() and parameter.min() == parameter.max():
+            if parameter.requires_grad and parameter.is_floating_point() and _is_constant(parameter):
                 parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and bool(tensor.min() == tensor.max())
 
 
 def _cannot(what: str, model_type: str, error: Exception) -> UnsupportedModelError:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ropepatch.cli import _demo
+from ropepatch.cli import demo as demo_verb
 from ropepatch.cli._demo import SETTINGS, Grid, run_demo
 from ropepatch.cli.app import app
 from ropepatch.demo_model import INSTALL
@@ -75,7 +75,7 @@ def test_the_default_grid_goes_below_and_beyond_the_trained_length() -> None:
 def test_bad_input_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
 ) -> None:
-    monkeypatch.setattr(_demo, "run_demo", None)
+    monkeypatch.setattr(demo_verb, "run_demo", None)
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "demo"), *arguments])
     assert result.exit_code == 2
     assert words in result.stderr

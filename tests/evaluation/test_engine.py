@@ -120,6 +120,16 @@ def test_any_overlap_of_prompts_and_answers(cases: list[tuple[list[int], list[in
     assert engine.reuse
 
 
+def test_one_engine_for_several_lists() -> None:
+    net = model("llama")
+    queries = _queries(net)
+    with Engine(net, 32) as engine:
+        for part in (queries[:6], queries[6:], queries[2:9]):
+            _check(net, part, list(engine.run(part, max_new_tokens=NEW)))
+    assert engine.work.tokens_computed == engine.work.trie_size
+    assert net.config._attn_implementation == "sdpa"
+
+
 def test_patched_attention_is_put_back() -> None:
     net = model("llama")
     before = dict(vars(net.config))
@@ -135,10 +145,12 @@ def test_patched_attention_is_put_back() -> None:
 
 def test_training_mode_is_put_back() -> None:
     net = model("llama").train()
+    net.model.layers[0].eval()
+    before = [module.training for module in net.modules()]
     with Engine(net) as engine:
-        list(engine.run(_queries(net)[:1], max_new_tokens=1))
+        list(engine.run([_query([5, 6, 7], [8])], max_new_tokens=1))
         assert not net.training
-    assert net.training
+    assert [module.training for module in net.modules()] == before
 
 
 def test_generation_stops_at_an_end_token_and_when_enough() -> None:
@@ -168,7 +180,7 @@ def test_the_checkpoints_penalties_do_not_count(kind: str) -> None:
 
 def test_rope_that_depends_on_length_is_not_reused() -> None:
     scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    options = {"max_position_embeddings": 64, "rope_parameters": scaling}
+    options: dict[str, Any] = {"max_position_embeddings": 64, "rope_parameters": scaling}
     draw = np.random.default_rng(3)
     prompts = [draw.integers(5, 500, n).tolist() for n in (80, 200, 70)]
     # A fresh model for each: this embedding also remembers the longest input it has seen.

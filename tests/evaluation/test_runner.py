@@ -198,6 +198,14 @@ def test_a_peft_model() -> None:
     assert [row["output"] for row in result.trials] == [row["output"] for row in plain.trials]
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "gpt2", "mamba"])
+def test_other_architectures(kind: str) -> None:
+    result = _evaluate(model(kind), lengths=[150], trials=1)
+    assert len(result.trials) == 3
+    assert result.reuse == (kind != "mamba")
+    assert (result.reuse_refused is None) == result.reuse
+
+
 def test_table_and_figure(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
     pytest.importorskip("matplotlib")
