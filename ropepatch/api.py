@@ -192,11 +192,14 @@ def inspect(model: nn.Module) -> Inspection:
     host = host_of(model)
     record = _find_record(host)[1]
     sites = discover(host)
-    text = [site for site in sites if site.part == "text"] or list(sites)
+    text = [site for site in sites if site.part == "text"]
+    mechanism = "+".join(dict.fromkeys(site.mechanism for site in text or sites))
+    if not text and host.main_input_name == "input_ids":
+        mechanism = "none"
     scaling = next(
         (found for site in text if site.kind == "frequencies" and (found := native_scaling(host, site))), None
     )
-    config = config_of(host, host.get_submodule(text[0].path))
+    config = config_of(host, host.get_submodule((text or sites)[0].path))
     trained: int | None
     target: int | None
     if record:
@@ -206,7 +209,7 @@ def inspect(model: nn.Module) -> Inspection:
         trained, target = _stated_lengths(config, scaling)
     return Inspection(
         model_type=host.config.model_type,
-        mechanism="+".join(dict.fromkeys(site.mechanism for site in text)),
+        mechanism=mechanism,
         method=record.method if record else None,
         options=dict(record.options) if record else {},
         seam=record.seam if record else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
+from typing import Any
 
 from ropepatch.errors import DependencyError
 
@@ -43,6 +44,16 @@ def versions() -> dict[str, str]:
     import ropepatch
 
     return {"ropepatch": ropepatch.__version__, **{package: metadata.version(package) for package in sorted(SUPPORTED)}}
+
+
+def global_head_dim(config: Any, layer_type: str | None) -> int | None:
+    """Head size of the full-attention layers of a config that gives them one of their own (Gemma 4), else None.
+
+    Later releases give such configs a `per_layer_config`, which is read instead. Remove when the lowest supported
+    transformers is 5.16.
+    """
+    wide = getattr(config, "global_head_dim", None)
+    return int(wide) if wide and layer_type == "full_attention" else None
 
 
 def _release(version: str) -> tuple[int, ...]:

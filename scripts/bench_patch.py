@@ -1,18 +1,20 @@
 """Time of a patched model against the unpatched one: what the frequencies seam costs at run time.
 
-    python scripts/bench_patch.py [--model demo:smollm2] [--rounds 5] [--dtype bfloat16] [--quick]
+    python scripts/bench_patch.py [--model demo:smollm2] [--rounds 3] [--dtype bfloat16] [--quick]
 
 For every method of the frequencies seam: prefill of 2,048 and 8,192 tokens and one decode step at 4,096 tokens of
-cache. Unpatched and patched alternate within each round, in changing order, and the ratio is that of the
-medians. Prints a Markdown table; `--json FILE` writes the raw times.
+cache. Every round runs the unpatched model and all methods, in an order of its own; the ratio is that of the medians
+over the rounds. Prints a Markdown table; `--json FILE` writes the raw times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +53,7 @@ def decode(model: Any, cached: int) -> Callable[[], None]:
         # The cost of a step does not depend on what the cache was filled with.
         for _ in range(8):
             model(token, past_key_values=cache, position_ids=torch.tensor([[cached]]), logits_to_keep=1)
-            cache.crop(cached)
+            cache.crop(-1)
 
     return run
 
@@ -62,20 +64,25 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def compare(
-    model: Any, name: str, options: dict[str, Any], run: Callable[[], None], rounds: int
-) -> tuple[float, float]:
-    """Medians of unpatched and patched seconds over interleaved rounds."""
-    times: dict[bool, list[float]] = {False: [], True: []}
+def measure(
+    model: Any, settings: dict[str, dict[str, Any]], run: Callable[[], None], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each setting in each round; every round runs all of them once, in an order of its own.
+
+    The unpatched model, under "", is measured at both ends of every round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ["", *settings]}
     run()
     for number in range(rounds):
-        for patched in (False, True) if number % 2 else (True, False):
-            if patched:
-                ropepatch.patch(model, name, **options)
-            times[patched].append(seconds(run))
-            if patched:
-                ropepatch.unpatch(model)
-    return statistics.median(times[False]), statistics.median(times[True])
+        names = sorted(settings)
+        random.Random(number).shuffle(names)
+        times[""].append(seconds(run))
+        for name in names:
+            ropepatch.patch(model, name, **settings[name])
+            times[name].append(seconds(run))
+            ropepatch.unpatch(model)
+        times[""].append(seconds(run))
+    return times
 
 
 @torch.inference_mode()
@@ -83,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo:smollm2")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", default="", help="comma separated; all by default")
     parser.add_argument("--quick", action="store_true", help="512 and 1,024 tokens instead of 2,048 and 8,192")
     parser.add_argument("--json", type=Path)
@@ -93,31 +100,34 @@ def main() -> None:
     planes = ropepatch.inspect(model).sites[0]["rotary_dim"] // 2
     short, long, cached = (512, 1024, 512) if arguments.quick else (2048, 8192, 4096)
     runs = {
-        f"prefill {short}": prefill(model, short),
-        f"prefill {long}": prefill(model, long),
-        f"8 decode steps at {cached}": decode(model, cached),
+        # The short runs are noisier and cheaper: more rounds of them.
+        f"prefill {short}": (prefill(model, short), 3),
+        f"prefill {long}": (prefill(model, long), 1),
+        f"8 decode steps at {cached}": (decode(model, cached), 5),
     }
     names = (
         arguments.methods.split(",")
         if arguments.methods
         else [method.name for method in ropepatch.methods() if method.seam == "frequencies"]
     )
-    rows = []
+    settings = {name: options_of(name, planes) for name in names}
+    times = {}
+    for label, (run, share) in runs.items():
+        times[label] = measure(model, settings, run, share * arguments.rounds)
+        print(f"{label}: done", file=sys.stderr, flush=True)
+    plain = {label: statistics.median(found[""]) for label, found in times.items()}
     print("| method | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
+    print("| unpatched, seconds | " + " | ".join(f"{plain[label]:.3f}" for label in runs) + " |")
     for name in names:
-        cells = []
-        for label, run in runs.items():
-            plain, patched = compare(model, name, options_of(name, planes), run, arguments.rounds)
-            rows.append({"method": name, "run": label, "unpatched_s": plain, "patched_s": patched})
-            cells.append(f"{patched / plain:.3f}")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        ratios = [statistics.median(times[label][name]) / plain[label] for label in runs]
+        print(f"| {name} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"\n{arguments.model}, {arguments.dtype}, {arguments.rounds} rounds, {torch.get_num_threads()} threads, "
         f"peak {peak:.2f} GiB, {versions()}"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps({"versions": versions(), "seconds": times}, indent=1))
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ def softmax_scale_paths(host: nn.Module) -> Iterator[str]:
     """Attention modules whose softmax scale carries YaRN's `mscale_all_dim` squared.
 
     DeepSeek's latent attention rotates only a part of each head, so its YaRN warms the whole score through the
-    attention module's `scaling`. The modelling files that do so share one helper, `yarn_apply_mscale`.
+    attention module's `scaling`. The modelling files that do so share one helper, `yarn_get_mscale`.
     """
     for path, module in host.named_modules():
         if isinstance(getattr(module, "scaling", None), float) and any(
-            hasattr(sys.modules.get(base.__module__), "yarn_apply_mscale") for base in type(module).__mro__
+            hasattr(sys.modules.get(base.__module__), "yarn_get_mscale") for base in type(module).__mro__
         ):
             yield path

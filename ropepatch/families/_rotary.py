@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ropepatch import compat
 from ropepatch.families._site import Site, dtype_name
 
 _SUFFIX = "inv_freq"
@@ -90,6 +91,8 @@ def head_dim_of(config: Any, label: str | None = None) -> int | None:
         # Such a config refuses to speak for all layers at once.
         layers = config.per_layer_config
         config = next((layers[i] for i, kind in enumerate(config.layer_types) if label in (None, kind)), layers[0])
+    elif wide := compat.global_head_dim(config, label):
+        return wide
     if getattr(config, "head_dim", None):
         return int(config.head_dim)
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)

@@ -220,7 +220,7 @@ def _write_config(host: nn.Module, path: str, item: SitePlan, plans: Sequence[Si
     config: Any = host.get_submodule(path).config
     parameters = getattr(config, "rope_parameters", None)
     if parameters:
-        words = spelled(item.geometry, item.result, item.site.layer_type, config)
+        words = spelled(item.geometry, item.result, item.site, config)
         new = merged(parameters, item.site.layer_type, words)
         if new != parameters:
             changes.append(ConfigChange.apply(host, path, "rope_parameters", new))
