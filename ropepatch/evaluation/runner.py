@@ -138,7 +138,9 @@ class _Run:
                     rows.append(row)
             new = ranks.gather(rows)
             work = self.work()
-            summary = folder.finalize({"work": work}) if ranks.is_first else None
+            # Where nothing was left to run, what the folder says of the work that was done stays true.
+            former = None if work["sum_of_prompts"] else _former_work(folder.path)
+            summary = folder.finalize({"work": former or work}) if ranks.is_first else None
         return self.result([*finished.values(), *new], ranks.from_first(summary or {}), configuration, work)
 
     def in_memory(self, configuration: dict[str, Any]) -> EvaluationResult:
@@ -218,6 +220,14 @@ class _Run:
         rows: list[Row], summary: dict[str, Any], configuration: dict[str, Any], work: dict[str, Any]
     ) -> EvaluationResult:
         return EvaluationResult(sorted(rows, key=_place), summary, configuration, **work)
+
+
+def _former_work(folder: Path) -> dict[str, Any] | None:
+    from ropepatch.evaluation.folder import SUMMARY
+    from ropepatch.files import read_object
+
+    summary = folder / SUMMARY
+    return read_object(summary).get("work") if summary.exists() else None
 
 
 def _place(row: Row) -> tuple[int, float, int]:

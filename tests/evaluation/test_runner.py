@@ -132,6 +132,7 @@ def test_an_interrupt_loses_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
     again = _evaluate(net, output=tmp_path)
     assert again.trials == resumed.trials
     assert (again.tokens_computed, again.reuse) == (0, None)
+    assert again.summary["work"] == resumed.summary["work"]
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
