@@ -22,7 +22,7 @@ import transformers
 
 from ropepatch.compat import versions
 from ropepatch.testing import model_types
-from ropepatch.testing.support import CASES, CLOSE_FREQUENCIES, CLOSE_LOGITS, Outcome, Support, measure
+from ropepatch.testing.support import CASES, CLOSE_FREQUENCIES, CLOSE_LOGITS, CLOSE_RELOADED, Outcome, Support, measure
 from ropepatch.testing.tiny import KINDS
 
 TITLES = {
@@ -152,7 +152,7 @@ def cells(row: Support) -> list[str]:
 def config_says(row: Support) -> str:
     """Whether the patched config is the whole truth for plain transformers."""
     told = [
-        outcome.reloaded is not None and outcome.reloaded <= CLOSE_LOGITS
+        outcome.reloaded is not None and outcome.reloaded <= CLOSE_RELOADED
         for outcome in row.outcomes.values()
         if outcome.status not in ("refused", "error")
     ]

@@ -33,9 +33,20 @@ def build_skeleton(name: str) -> Any:
     model_class = _class_of(config)
     try:
         with no_init_weights():
-            return model_class._from_config(config).eval()
+            model = model_class._from_config(config).eval()
+        _write_computed_tables(model)
+        return model
     except Exception as error:
         raise ModelLoadError(f"cannot build {name!r} from its config ({_first_line(error)})") from error
+
+
+def _write_computed_tables(model: Any) -> None:
+    """Give position tables values: what a table of sines and cosines holds is what tells it from a learned one."""
+    from ropepatch.families import discover
+
+    for site in discover(model):
+        if site.kind == "table":
+            model._init_weights(model.get_submodule(site.path))
 
 
 def _class_of(config: Any) -> Any:

@@ -168,14 +168,12 @@ def implied_length(geometry: RotaryGeometry, log_factor: float) -> int:
     return round(geometry.original_length * math.exp(log_factor))
 
 
-def rotations(geometry: RotaryGeometry) -> Tensor:
-    """How often each plane turns over the trained length: L f_i / 2 pi, float64, shape [rotary_dim / 2]."""
-    return geometry.inv_freq.double() * geometry.original_length / (2 * math.pi)
+def periods(geometry: RotaryGeometry) -> Tensor:
+    """1 / f_i, the tokens that each plane takes for one radian, shape [rotary_dim / 2].
 
-
-def blend(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """`start` where weight is 0, `end` where it is 1, linear between; exact at both ends and where they agree.
-
-    float64 in and out, all of one shape. torch.lerp is exact at both ends, unlike start + weight * (end - start).
+    float32 rope_theta^(2i/d) where its reciprocal is the site's frequency in every plane to the last bit. That is the
+    series transformers starts from, so a method that keeps to this dtype can round wherever transformers rounds.
+    At any other site float64, whose reciprocal in float32 is the site's frequency to the last bit.
     """
-    return torch.lerp(start, end, weight)
+    series = geometry.rope_theta ** (torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32) / geometry.rotary_dim)
+    return series if torch.equal(1.0 / series, geometry.inv_freq) else 1.0 / geometry.inv_freq.double()

@@ -6,15 +6,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ropepatch.methods._base import (
-    FactorOptions,
-    Frequencies,
-    RotaryGeometry,
-    blend,
-    frequency_method,
-    rotations,
-    scaled_length,
-)
+from ropepatch.methods._base import FactorOptions, Frequencies, RotaryGeometry, frequency_method, scaled_length
+from ropepatch.methods._ramp import scaled_by_turns
 
 
 class Llama3Options(FactorOptions):
@@ -44,13 +37,14 @@ class Llama3Options(FactorOptions):
     rope_type="llama3",
 )
 def llama3(geometry: RotaryGeometry, options: Llama3Options) -> Frequencies:
-    """(1 - m_i) f_i / s + m_i f_i with m_i = (L / wavelength_i - low) / (high - low) cut to [0, 1]."""
-    base = geometry.inv_freq.double()
+    """(1 - m_i) f_i / s + m_i f_i with m_i = (L / wavelength_i - low) / (high - low) cut to [0, 1].
+
+    float32 throughout, to the last bit as in transformers; at factor 1, where transformers may be off by a rounding,
+    the identity.
+    """
     low, high = options.low_freq_factor, options.high_freq_factor
-    # L / wavelength is the number of turns over the trained length.
-    smooth = ((rotations(geometry) - low) / (high - low)).clamp(0, 1)
     return Frequencies(
-        inv_freq=blend(base / options.factor, base, smooth).float(),
+        inv_freq=scaled_by_turns(geometry, options.factor, low, high),
         target_length=scaled_length(geometry, options.factor),
         rope_parameters={
             "rope_type": "llama3",

@@ -9,7 +9,14 @@ import torch
 from pydantic import Field
 
 from ropepatch.errors import OptionError
-from ropepatch.methods._base import FactorOptions, Frequencies, RotaryGeometry, frequency_method, scaled_length
+from ropepatch.methods._base import (
+    FactorOptions,
+    Frequencies,
+    RotaryGeometry,
+    frequency_method,
+    periods,
+    scaled_length,
+)
 
 # strict=False: a list is as good as a tuple; its numbers are still checked strictly.
 Divisors = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
@@ -41,6 +48,9 @@ def longrope(geometry: RotaryGeometry, options: LongRopeOptions) -> Frequencies:
     static: one list for all lengths, so cached and full runs agree. The config is written so that plain
     transformers does the same: the list in force stands in both places.
 
+    Where the site's frequencies are the plain series of its rope_theta, this is float32 throughout and to the last
+    bit what transformers gives for that list. Other frequencies are divided in float64 and rounded once.
+
     Raises:
         OptionError: a list has not rotary_dim / 2 numbers, or the gain is undefined at this trained length.
     """
@@ -58,8 +68,9 @@ def longrope(geometry: RotaryGeometry, options: LongRopeOptions) -> Frequencies:
         )
     divisors = options.long_factor if options.use == "long" else options.short_factor
     gain = _gain(geometry, options)
+    period = periods(geometry)
     return Frequencies(
-        inv_freq=(geometry.inv_freq.double() / torch.tensor(divisors, dtype=torch.float64)).float(),
+        inv_freq=(1 / (torch.tensor(divisors, dtype=period.dtype) * period)).float(),
         target_length=scaled_length(geometry, options.factor),
         attention_scaling=gain,
         rope_parameters={

@@ -6,15 +6,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ropepatch.methods._base import (
-    FactorOptions,
-    Frequencies,
-    RotaryGeometry,
-    blend,
-    frequency_method,
-    rotations,
-    scaled_length,
-)
+from ropepatch.methods._base import FactorOptions, Frequencies, RotaryGeometry, frequency_method, scaled_length
+from ropepatch.methods._ramp import scaled_by_turns
 
 
 class NtkByPartsOptions(FactorOptions):
@@ -46,12 +39,11 @@ def ntk_by_parts(geometry: RotaryGeometry, options: NtkByPartsOptions) -> Freque
 
     r_i = L f_i / 2 pi counts the turns of plane i over the trained length. The ramp is linear in r_i, as the
     paper writes it; `yarn` with attention_factor=1 has the ramp of YaRN's code, linear in the index. In
-    transformers' words this is `llama3`, whose ramp is the same with other default ends.
+    transformers' words this is `llama3`, whose ramp is the same with other default ends, and the two agree to the
+    last bit.
     """
-    base = geometry.inv_freq.double()
-    weight = (rotations(geometry) - options.beta_slow) / (options.beta_fast - options.beta_slow)
     return Frequencies(
-        inv_freq=blend(base / options.factor, base, weight.clamp(0, 1)).float(),
+        inv_freq=scaled_by_turns(geometry, options.factor, options.beta_slow, options.beta_fast),
         target_length=scaled_length(geometry, options.factor),
         rope_parameters={
             "rope_type": "llama3",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ropepatch.methods._base import (
     FactorOptions,
     Frequencies,
     RotaryGeometry,
-    blend,
     frequency_method,
+    periods,
     scaled_length,
 )
 from ropepatch.methods._ramp import correction_range, index_ramp, yarn_gain
@@ -68,17 +69,31 @@ def yarn(geometry: RotaryGeometry, options: YarnOptions) -> Frequencies:
     """f_i / s w_i + f_i (1 - w_i), w the ramp of the plane's index over the correction range; gain on cos and sin.
 
     The gain acts on queries and on keys, so attention logits scale by its square, and only those parts of
-    them that come from rotated dimensions. Follows transformers' `_compute_yarn_parameters`.
+    them that come from rotated dimensions.
+
+    Where the site's frequencies are the plain series of its rope_theta, this is float32 throughout and to the last
+    bit what transformers' `_compute_yarn_parameters` gives (but at factor 1 the identity, where transformers may be
+    off by a rounding). Other frequencies are scaled in float64 and rounded once.
     """
-    low, high = correction_range(geometry, options.beta_fast, options.beta_slow, options.truncate)
-    base = geometry.inv_freq.double()
     return Frequencies(
-        inv_freq=blend(base, base / options.factor, index_ramp(geometry, low, high)).float(),
+        inv_freq=_scaled(geometry, options),
         target_length=scaled_length(geometry, options.factor),
         attention_scaling=_gain(options),
         softmax_gain=yarn_gain(options.factor, options.mscale_all_dim) ** 2 if options.mscale_all_dim else 1.0,
         rope_parameters={"rope_type": "yarn", **options.model_dump(exclude_defaults=True)},
     )
+
+
+def _scaled(geometry: RotaryGeometry, options: YarnOptions) -> Tensor:
+    if options.factor == 1:
+        # The two shares of a plane on the ramp need not add up to it: rounding would break the identity.
+        return geometry.inv_freq.clone()
+    low, high = correction_range(geometry, options.beta_fast, options.beta_slow, options.truncate)
+    period = periods(geometry)
+    # 1 - kept is not always the ramp, for 1 - ramp is rounded; transformers mixes by these two shares.
+    kept = 1 - index_ramp(geometry, low, high, period.dtype)
+    interpolated, base = 1 / (options.factor * period), 1 / period
+    return (interpolated * (1 - kept) + base * kept).float()
 
 
 def _gain(options: YarnOptions) -> float:

@@ -20,11 +20,18 @@ FACTOR = 4.0
 TOKENS = LENGTH + LENGTH // 2
 """Tokens of a forward: past the trained length, where scaled and unscaled models part."""
 
-CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 5e-5
+CLOSE_FREQUENCIES, CLOSE_LOGITS = 1e-6, 1e-6
 """Largest relative difference of two frequencies, and largest difference of two logits, that count as agreement.
 
-transformers computes its frequencies in float32 from rope_theta, ropepatch from the model's own buffer: they may
-differ by a rounding or two (6e-8 each), which turns the last of `TOKENS` positions by some 1e-5 radians.
+Where the model's frequencies are the plain series of its rope_theta, both compute in the same order and agree to the
+last bit; elsewhere they may differ by a rounding or two (6e-8 each).
+"""
+
+CLOSE_RELOADED = 5e-5
+"""Largest difference of two logits between a patched model and one built from its config.
+
+`ntk` and others are written there as a new rope_theta or as divisors, from which the frequencies come back with a
+rounding or two (6e-8 each): some 1e-5 radians at the last of `TOKENS` positions.
 """
 
 Status = Literal["exact", "close", "differs", "patched", "no effect", "refused", "error"]

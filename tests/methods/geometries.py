@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from ropepatch.methods._base import METHODS, Frequencies, RotaryGeometry
 from ropepatch.methods._options import parse_options
 
+ROUNDING = 2.0**-24
+"""The largest relative error of one float32 rounding: half an ulp of a number just above a power of two."""
 FACTORS = st.one_of(st.sampled_from([1.5, 2.0, 4.0, 8.0, 32.0]), st.floats(1.01, 40.0))
 
 
@@ -33,6 +36,20 @@ def sites(draw: st.DrawFn, smallest_dim: int = 4) -> RotaryGeometry:
     theta = draw(st.one_of(st.sampled_from([1e4, 1e5, 5e5, 1e6]), st.floats(500.0, 1e7)))
     length = draw(st.one_of(st.sampled_from([512, 2048, 4096, 8192, 32768]), st.integers(64, 131072)))
     return site(rotary_dim, theta, length, head_dim)
+
+
+@st.composite
+def odd_sites(draw: st.DrawFn) -> RotaryGeometry:
+    """Sites whose frequencies follow no formula, as after another scaling, some planes standing still."""
+    geometry = draw(sites())
+    values = draw(
+        st.lists(
+            st.floats(0, 2, width=32, allow_subnormal=False),
+            min_size=geometry.rotary_dim // 2,
+            max_size=geometry.rotary_dim // 2,
+        )
+    )
+    return dataclasses.replace(geometry, inv_freq=torch.tensor(sorted(values, reverse=True)))
 
 
 def compute(name: str, geometry: RotaryGeometry, **options: Any) -> Frequencies:

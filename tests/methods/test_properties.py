@@ -7,10 +7,9 @@ import math
 
 import pytest
 import torch
-from geometries import FACTORS, compute, factor_options, site, sites
+from geometries import FACTORS, ROUNDING, compute, factor_options, odd_sites, site, sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ropepatch.methods._base import METHODS, RotaryGeometry
 
@@ -18,25 +17,19 @@ EVERY = METHODS.names()
 # f / s <= f' <= f in every plane: neither extrapolates further than linear, nor raises a frequency.
 BETWEEN = ("linear", "llama3", "longrope", "mrrope", "ntk", "ntk_by_parts", "power", "proportional", "yarn")
 FALLING = (*BETWEEN, "abf", "truncated")
+# These round wherever transformers' float32 does, the others once, from float64.
+MIXED = ("llama3", "ntk_by_parts", "yarn")
+FLOAT32 = (*MIXED, "longrope")
 few = settings(max_examples=40)
 
 
-def ulp_below(x: Tensor) -> Tensor:
-    return torch.nextafter(x, torch.zeros_like(x))
+def roundings(name: str) -> float:
+    """How far two float32 results of a method may be off each other or off the exact number, as a share of it.
 
-
-@st.composite
-def odd_sites(draw: st.DrawFn) -> RotaryGeometry:
-    """Sites whose frequencies follow no formula, as after another scaling, some planes standing still."""
-    geometry = draw(sites())
-    values = draw(
-        st.lists(
-            st.floats(0, 2, width=32, allow_subnormal=False),
-            min_size=geometry.rotary_dim // 2,
-            max_size=geometry.rotary_dim // 2,
-        )
-    )
-    return dataclasses.replace(geometry, inv_freq=torch.tensor(sorted(values, reverse=True)))
+    In a mixture no number passes through more than six roundings, and its shares add up to one within another; they
+    are the same at every factor. longrope has four.
+    """
+    return (8 if name in FLOAT32 else 2) * ROUNDING
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -78,7 +71,8 @@ def test_the_target_is_factor_times_the_trained_length(name: str, geometry: Rota
 @given(st.one_of(sites(), odd_sites()), FACTORS)
 def test_frequencies_never_rise(name: str, geometry: RotaryGeometry, factor: float) -> None:
     result = compute(name, geometry, **factor_options(name, geometry, factor))
-    assert bool((result.inv_freq <= geometry.inv_freq).all())
+    allowed = 1 + roundings(name) if name in MIXED else 1
+    assert bool((result.inv_freq.double() <= allowed * geometry.inv_freq.double()).all())
 
 
 @pytest.mark.parametrize("name", BETWEEN)
@@ -86,8 +80,10 @@ def test_frequencies_never_rise(name: str, geometry: RotaryGeometry, factor: flo
 @given(st.one_of(sites(), odd_sites()), FACTORS)
 def test_no_plane_is_slowed_beyond_the_factor(name: str, geometry: RotaryGeometry, factor: float) -> None:
     result = compute(name, geometry, **factor_options(name, geometry, factor))
-    slowest = (geometry.inv_freq.double() / factor).float()
-    assert bool((result.inv_freq >= ulp_below(slowest)).all())
+    slowest = geometry.inv_freq.double() / factor
+    # Below the smallest normal number float32 keeps a fixed step.
+    step = 2.0**-149
+    assert bool((result.inv_freq.double() >= (1 - roundings(name)) * slowest - step).all())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -106,7 +102,7 @@ def test_a_larger_factor_never_raises_a_frequency(
 ) -> None:
     less = compute(name, geometry, **factor_options(name, geometry, factor)).inv_freq
     greater = compute(name, geometry, **factor_options(name, geometry, factor * more)).inv_freq
-    assert bool((ulp_below(greater) <= less).all())
+    assert bool(((1 - roundings(name)) * greater.double() <= less.double()).all())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -169,8 +165,8 @@ def test_the_lowest_frequency_is_divided_by_the_whole_factor(
 
 @pytest.mark.parametrize("name", ["ntk_by_parts", "llama3", "yarn", "mrrope"])
 @given(sites(), FACTORS)
-def test_by_parts_ends_are_exact(name: str, geometry: RotaryGeometry, factor: float) -> None:
-    """Planes outside of the ramp are f or f / s to the last bit, not up to the rounding of a mixture."""
+def test_by_parts_ends_are_free_of_the_mixture(name: str, geometry: RotaryGeometry, factor: float) -> None:
+    """Planes outside of the ramp are f to the last bit, or f / s, whose few roundings are all that is left."""
     turns = geometry.inv_freq.double() * geometry.original_length / (2 * math.pi)
     fast, slow = (4, 1) if name == "llama3" else (32, 1)
     # yarn and mrrope widen their range to whole indices: leave out the planes that this may touch.
@@ -178,4 +174,7 @@ def test_by_parts_ends_are_exact(name: str, geometry: RotaryGeometry, factor: fl
     result = compute(name, geometry, factor=factor).inv_freq
     kept, interpolated = turns > fast * step, turns < slow / step
     assert torch.equal(result[kept], geometry.inv_freq[kept])
-    assert torch.equal(result[interpolated], (geometry.inv_freq.double() / factor).float()[interpolated])
+    # yarn reciprocates factor * period: the factor, the product, the reciprocal and f itself are rounded.
+    torch.testing.assert_close(
+        result[interpolated].double(), geometry.inv_freq.double()[interpolated] / factor, rtol=4 * ROUNDING, atol=0
+    )
