@@ -72,7 +72,7 @@ def markdown(rows: list[Support]) -> str:
 
 CONFIG = (
     "*config*: plain transformers, given the patched model's config and weights, computes the same logits: yes, no, or "
-    "only for some methods. Where it says no, save with `ropepatch.save_pretrained`."
+    "only for some methods. Where it says no, the patched model works, but its config alone does not rebuild it."
 )
 
 
