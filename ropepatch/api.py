@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from ropepatch import compat
-from ropepatch.errors import AlreadyPatchedError, NotPatchedError, OptionError, UnsupportedModelError
-from ropepatch.families import Site, discover, host_of
+from ropepatch.errors import AlreadyPatchedError, NotPatchedError, OptionError
+from ropepatch.families import discover, host_of
 from ropepatch.families._native import native_scaling
 from ropepatch.families._rotary import config_of
 from ropepatch.inspection import Inspection
@@ -244,17 +244,3 @@ def _find_record(host: nn.Module) -> tuple[str | None, PatchRecord | None]:
         if record is not None:
             return path, record
     return None, None
-
-
-__all__ = [
-    "Inspection",
-    "MethodInfo",
-    "Site",
-    "UnsupportedModelError",
-    "inspect",
-    "methods",
-    "patch",
-    "patched",
-    "record_of",
-    "unpatch",
-]

@@ -55,12 +55,6 @@ class SitePlan:
     scaling: dict[str, Any] | None
     replaces: bool
 
-    @property
-    def changes_anything(self) -> bool:
-        """False at the identity setting."""
-        same_gain = self.base_gain == self.result.attention_scaling and self.result.softmax_gain == 1.0
-        return not (same_gain and self.base.equal(self.result.inv_freq))
-
 
 def plan(
     host: nn.Module,
