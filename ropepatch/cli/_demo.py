@@ -44,7 +44,7 @@ MODEL = "demo:smollm2"
 SETTINGS = (
     Setting("unpatched"),
     # The first patched run is the one that the before/after figure shows: the best of those measured untuned.
-    Setting("ntk", "ntk", {"factor": 2}),
+    Setting("abf", "abf", {"factor": 2}),
     Setting("yarn", "yarn", {"factor": 2}),
     Setting("linear", "linear", {"factor": 2}),
 )
