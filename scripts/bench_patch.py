@@ -118,6 +118,9 @@ def main() -> None:
     plain = {label: statistics.median(found[""]) for label, found in times.items()}
     print("| method | " + " | ".join(runs) + " |\n|---|" + "---|" * len(runs))
     print("| unpatched, seconds | " + " | ".join(f"{plain[label]:.3f}" for label in runs) + " |")
+    # The noise: the runs that ended the rounds over those that began them, both unpatched.
+    again = [statistics.median(times[label][""][1::2]) / statistics.median(times[label][""][::2]) for label in runs]
+    print("| unpatched again | " + " | ".join(f"{ratio:.3f}" for ratio in again) + " |")
     for name in names:
         ratios = [statistics.median(times[label][name]) / plain[label] for label in runs]
         print(f"| {name} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
