@@ -51,20 +51,19 @@ def main() -> None:
 
 def queries_of(grid: str, tokenizer: Any) -> list[Any]:
     from ropepatch.evaluation.engine import Query
-    from ropepatch.evaluation.passkey import PasskeyTask
+    from ropepatch.evaluation.tasks.passkey import PasskeyTask
 
     length, depths, trials = map(int, grid.split(":"))
-    task = PasskeyTask(tokenizer, longest=length)
-    places = [(depth, trial) for depth in np.linspace(0, 1, depths).tolist() for trial in range(trials)]
-    prompts = [task.build(length, depth, trial) for depth, trial in places]
-    return [Query(prompt.ids, prompt.answer) for prompt in prompts]
+    task = PasskeyTask(tokenizer, lengths=[length], depths=np.linspace(0, 1, depths).tolist(), trials=trials)
+    prompts = map(task.build, task.places())
+    return [Query(prompt.ids, prompt.answer, len(prompt.answer)) for prompt in prompts]
 
 
 def reuse(model: Any, queries: list[Any]) -> tuple[Any, list[list[int]]]:
     from ropepatch.evaluation.engine import Engine
 
     with Engine(model) as engine:
-        outcomes = list(engine.run(queries, max_new_tokens=len(queries[0].answer)))
+        outcomes = list(engine.run(queries))
     assert engine.reuse, engine.reason
     return engine.work, [outcome.generated for outcome in sorted(outcomes, key=lambda outcome: outcome.index)]
 

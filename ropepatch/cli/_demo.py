@@ -34,8 +34,8 @@ class Setting:
 class Grid:
     """What every run of the demo measures: prompt lengths in tokens, places of the key, prompts of each."""
 
-    lengths: tuple[int, ...] = (4096, 12288)
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    lengths: tuple[int, ...] = (4096, 10240)
+    depths: tuple[float, ...] = (0.1, 0.9)
     trials: int = 1
 
 

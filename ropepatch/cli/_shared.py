@@ -58,8 +58,9 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def parse_settings(items: list[str] | None) -> dict[str, Any]:
-    """The options that repeated `--set K=V` spell: `["factor=4", "truncate=false"]` gives factor 4, truncate False.
+def parse_settings(items: list[str] | None, flag: str = "--set") -> dict[str, Any]:
+    """The options that repeated `--set K=V` (or another `flag`) spell: `["factor=4", "truncate=false"]` gives factor 4,
+    truncate False.
 
     Values are JSON scalars or lists (`[1, 2.5]`); true, false, none and null in any case; other numbers that Python
     reads (`.5`); anything else is a string.
@@ -72,9 +73,9 @@ def parse_settings(items: list[str] | None) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise OptionError("--set takes NAME=VALUE", given=item, hint="for example --set factor=4")
+            raise OptionError(f"{flag} takes NAME=VALUE", given=item, hint=f"for example {flag} factor=4")
         if key in settings:
-            raise OptionError(f"--set {key} was given twice", given=item)
+            raise OptionError(f"{flag} {key} was given twice", given=item)
         settings[key] = _parse_value(value.strip())
     return settings
 

@@ -21,6 +21,7 @@ from ropepatch.cli._shared import (
     print_json,
     say,
 )
+from ropepatch.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(
     suite: Annotated[
-        str, typer.Argument(metavar="SUITE", help="passkey, or the path of a YAML file.", show_default=False)
+        str, typer.Argument(metavar="SUITE", help="A suite's name, or the path of a YAML file.", show_default=False)
     ],
     model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP, show_default=False)],
     output: Annotated[
@@ -40,16 +41,22 @@ def main(
         str | None, typer.Option(metavar="N,N,...", help="Prompt lengths in tokens. [default: the suite's]")
     ] = None,
     depths: Annotated[
-        str | None, typer.Option(metavar="X,X,...", help="Places of the key, 0 to 1. [default: the suite's]")
+        str | None, typer.Option(metavar="X,X,...", help="Places of what is hidden, 0 to 1. [default: the suite's]")
     ] = None,
-    trials: Annotated[int | None, typer.Option(metavar="N", help="Prompts of each length and depth.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the keys.")] = None,
-    digits: Annotated[int | None, typer.Option(metavar="N", help="Digits of each key.")] = None,
+    trials: Annotated[int | None, typer.Option(metavar="N", help="Prompts of each cell.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of everything that is drawn.")] = None,
+    digits: Annotated[int | None, typer.Option(metavar="N", help="passkey: digits of each key.")] = None,
+    window: Annotated[int | None, typer.Option(metavar="N", help="perplexity: tokens of a window.")] = None,
+    stride: Annotated[int | None, typer.Option(metavar="N", help="perplexity: tokens between windows.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="K=V", help="Another setting of the suite; may be repeated.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or auto: bfloat16 where it is fast.")
     ] = "auto",
     text: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Hide the key in this text (a file or a folder of .txt).")
+        list[str] | None,
+        typer.Option(metavar="PATH ...", help="Text to hide things in, or to predict: files or folders of .txt."),
     ] = None,
     chat_template: Annotated[
         bool | None,
@@ -76,9 +83,16 @@ def main(
         "trials": trials,
         "seed": seed,
         "digits": digits,
+        "window": window,
+        "stride": stride,
         "chat_template": chat_template,
-        "text": None if text is None else str(text),
+        # Most suites take one text.
+        "text": text[0] if text and len(text) == 1 else text,
     }
+    for name, value in parse_settings(option, "--option").items():
+        if grid.get(name) is not None:
+            raise OptionError(f"{name} is given twice", given=f"--option {name}={value}")
+        grid[name] = value
     from ropepatch.evaluation.suites import load_suite
     from ropepatch.plotting import require_matplotlib
 

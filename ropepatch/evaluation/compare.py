@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropepatch.errors import RecordError, UsageError
-from ropepatch.evaluation.folder import RUN, Row, read_rows
-from ropepatch.evaluation.summary import summarise
+from ropepatch.evaluation.folder import RUN, Row, read_rows, suite_of
+from ropepatch.evaluation.task import Place
 from ropepatch.files import read_object
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     if not isinstance(configuration, dict) or not isinstance(title, str):
         raise RecordError(f"the file {path / RUN} has no configuration or no title")
     rows = read_rows(path)
-    summary = summarise(rows, configuration, title=title)
+    summary = suite_of(configuration).summarise(rows, configuration, title=title)
     return Run(name or title, path, title, configuration.get("model"), configuration, summary, rows)
 
 
@@ -201,7 +201,7 @@ def _check_comparable(first: Run, other: Run) -> None:
     for key, row in _by_key(other.rows).items():
         if key in base and base[key].get("answer") != row.get("answer"):
             raise refuse(
-                f"they ask different questions: at length {key[0]}, depth {key[1]:g}, trial {key[2]} the answers are "
+                f"they ask different questions: at {_words(key)} the answers are "
                 f"{base[key].get('answer')!r} and {row.get('answer')!r} (seeds {base[key].get('seed')} and "
                 f"{row.get('seed')})"
             )
@@ -215,7 +215,7 @@ def _row(run: Run, length: int, first: Run | None) -> ComparisonRow | None:
     if first is None:
         return row
     own, base = _by_key(run.rows), _by_key(first.rows)
-    pairs = [(own[key]["correct"], base[key]["correct"]) for key in own if key[0] == length and key in base]
+    pairs = [(own[key]["correct"], base[key]["correct"]) for key in own if key.length == length and key in base]
     if not pairs:
         return dataclasses.replace(row, shared=0)
     gained, lost = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
@@ -229,8 +229,13 @@ def _row(run: Run, length: int, first: Run | None) -> ComparisonRow | None:
     )
 
 
-def _by_key(rows: list[Row]) -> dict[tuple[int, float, int], Row]:
-    return {(row["length"], row["depth"], row["trial"]): row for row in rows}
+def _words(place: Place) -> str:
+    depth = "" if place.depth is None else f"depth {place.depth:g}, "
+    return f"length {place.length}, {depth}trial {place.trial}"
+
+
+def _by_key(rows: list[Row]) -> dict[Place, Row]:
+    return {Place.of(row): row for row in rows}
 
 
 def _cell(row: ComparisonRow | None) -> str:

@@ -34,10 +34,17 @@ _REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeErro
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """A prompt and the answer that it should be continued with; token ids, int32, both at least one token."""
+    """A prompt and the answer that it should be continued with; token ids, int32, both at least one token.
+
+    Attributes:
+        most_tokens: most tokens to generate.
+        enough: whether these generated tokens are enough; None: only their number decides.
+    """
 
     prompt: Ids
     answer: Ids
+    most_tokens: int
+    enough: Callable[[list[int]], bool] | None = None
 
     @property
     def sequence(self) -> Ids:
@@ -95,7 +102,7 @@ class Engine:
 
     model: nn.Module
     chunk_size: int = DEFAULT_CHUNK
-    on_tokens: Callable[[int, int], None] = unheard
+    on_tokens: Callable[[int, int], None] = field(default=unheard)
     reuse: bool = field(default=False, init=False)
     reason: str | None = field(default=None, init=False)
     work: Work = field(default_factory=Work, init=False)
@@ -181,8 +188,6 @@ class Engine:
         queries: Sequence[Query],
         *,
         visits: Sequence[Visit] | None = None,
-        max_new_tokens: int,
-        done: Callable[[list[int]], bool] | None = None,
         end_tokens: frozenset[int] = frozenset(),
     ) -> Generator[Outcome, None, None]:
         """Answer the queries, each yielded as soon as it is done.
@@ -190,14 +195,11 @@ class Engine:
         Args:
             queries: in any order; outcomes come in the order of the walk.
             visits: what `prepare` returned for them.
-            max_new_tokens: most tokens to generate.
-            done: whether these generated tokens are enough; by default only their number decides.
             end_tokens: ids that end a text; generation stops after one.
 
         Raises:
             RopepatchError: a query does not fit into memory even in small pieces.
         """
-        stop = _Stop(max_new_tokens, done, end_tokens)
         for visit in visits if visits is not None else self.prepare(queries):
             known: dict[tuple[int, bytes], tuple[list[int], bool, float]] = {}
             shared = visit.shared
@@ -207,7 +209,7 @@ class Engine:
                 # The same sequence may still be another query: cut elsewhere, or with another last answer token.
                 same = (len(query.prompt), query.answer.tobytes())
                 if same not in known:
-                    known[same] = self._answer(query, shared, stop)
+                    known[same] = self._answer(query, shared, _Stop(query, end_tokens))
                     shared = visit.length
                 yield Outcome(index, *known[same], elapsed=time.perf_counter() - began)
 
@@ -257,7 +259,7 @@ class Engine:
         if self._remembers_length:
             full_logits(self.model, query.prompt[:1])
         generated, logits = generate_plain(
-            self.model, query.prompt, stop, max_new_tokens=stop.max_new_tokens, end_tokens=stop.end_tokens
+            self.model, query.prompt, stop, max_new_tokens=query.most_tokens, end_tokens=stop.end_tokens
         )
         self._count(0, len(query.prompt) + min(len(generated), len(query.answer)) - 1)
         self.work.tokens_decoded += max(0, len(generated) - len(query.answer))
@@ -278,16 +280,16 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Stop:
-    """When generation has gone far enough."""
+    """When the generation for a query has gone far enough."""
 
-    max_new_tokens: int
-    done: Callable[[list[int]], bool] | None
+    query: Query
     end_tokens: frozenset[int]
 
     def __call__(self, generated: list[int]) -> bool:
-        if len(generated) >= self.max_new_tokens or generated[-1] in self.end_tokens:
+        query = self.query
+        if len(generated) >= query.most_tokens or generated[-1] in self.end_tokens:
             return True
-        return self.done is not None and self.done(generated)
+        return query.enough is not None and query.enough(generated)
 
 
 def _score(logits: torch.Tensor, answer: Ids) -> tuple[int, float]:

@@ -22,15 +22,16 @@ import filelock
 
 import ropepatch
 from ropepatch.errors import OutputConflictError, OutputError, RecordError, UsageError
-from ropepatch.evaluation.summary import run_title, summarise
+from ropepatch.evaluation.suite import SUITES, Suite
+from ropepatch.evaluation.summary import run_title
+from ropepatch.evaluation.task import Place
 from ropepatch.files import parse_line, read_object, to_json, write_atomic, write_json
 
 RUN, RESULTS, SUMMARY, HEATMAP, REPORT = "run.json", "results.jsonl", "summary.json", "heatmap.png", "report.html"
 SCHEMA_VERSION = 1
-KEY_FIELDS = ("length", "depth", "trial")
+KEY_FIELDS = Place._fields
 
 Row = dict[str, Any]
-Key = tuple[int, float, int]
 
 
 class RunFolder:
@@ -44,7 +45,7 @@ class RunFolder:
     def __init__(self, path: Path, configuration: dict[str, Any], rank: int, world_size: int) -> None:
         self.path = path
         self.configuration = configuration
-        self._finished: dict[Key, Row] = {}
+        self._finished: dict[Place, Row] = {}
         self._rank = rank
         self._world_size = world_size
         self._lock = filelock.FileLock(path / _lock_name(rank), thread_local=False)  # dies with its process
@@ -91,15 +92,15 @@ class RunFolder:
         return folder
 
     @property
-    def finished(self) -> dict[Key, Row]:
-        """The trials that are done by now, by (length, depth, trial); a copy."""
+    def finished(self) -> dict[Place, Row]:
+        """The trials that are done by now; a copy."""
         return dict(self._finished)
 
     def append(self, row: Row) -> None:
         """Write one finished trial and make sure that it is on disk.
 
         Args:
-            row: plain data with `length`, `depth` and `trial`.
+            row: plain data with `task`, `length`, `depth` (a number or None) and `trial`.
 
         Raises:
             RecordError: the row is not strict JSON, lacks its key, or is finished already.
@@ -109,7 +110,7 @@ class RunFolder:
             raise OutputError(f"the folder {self.path} is closed")
         key = _key(row, "the new row")
         if key in self._finished:
-            raise RecordError("this trial is finished already", given=dict(zip(KEY_FIELDS, key, strict=True)))
+            raise RecordError("this trial is finished already", given=key._asdict())
         line = to_json(row).encode("utf-8") + b"\n"
         try:
             if self._file.write(line) != len(line):
@@ -122,7 +123,7 @@ class RunFolder:
         self._finished[key] = row
 
     def finalize(self, extra_summary: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Merge what all ranks measured, and write `summary.json`, `heatmap.png` and `report.html`.
+        """Merge what all ranks measured, and write `summary.json`, the suite's figures and `report.html`.
 
         Rank 0 calls this, after the others have appended their last trial.
 
@@ -137,19 +138,23 @@ class RunFolder:
             OutputError: the folder cannot be written.
         """
         from ropepatch.evaluation.report import report
-        from ropepatch.plotting import figure_bytes, heatmap
+        from ropepatch.plotting import figure_bytes
 
         if self._rank != 0:
             raise UsageError("only rank 0 finalizes a run", given=self._rank)
         self._merge(range(1, _highest_rank(self.path) + 1))
         if not self._finished:
             raise RecordError(f"the folder {self.path} holds no finished trial to summarise")
-        rows = [self._finished[key] for key in sorted(self._finished)]
-        summary = {"schema_version": SCHEMA_VERSION, **summarise(rows, self.configuration), **(extra_summary or {})}
+        rows = _ordered(self._finished)
+        suite = suite_of(self.configuration)
+        results = suite.summarise(rows, self.configuration)
+        summary = {"schema_version": SCHEMA_VERSION, **results, **(extra_summary or {})}
         write_json(self.path / SUMMARY, summary)
-        image = figure_bytes(heatmap(summary))
-        write_atomic(self.path / HEATMAP, image)
-        write_atomic(self.path / REPORT, report(read_object(self.path / RUN), summary, rows, image))
+        images = {name: figure_bytes(figure) for name, figure in suite.figures(summary).items()}
+        for name, image in images.items():
+            write_atomic(self.path / name, image)
+        sections = suite.sections(summary, rows, images)
+        write_atomic(self.path / REPORT, report(read_object(self.path / RUN), summary, sections))
         return summary
 
     def close(self) -> None:
@@ -231,7 +236,7 @@ class RunFolder:
             lock.release()
         return ranks
 
-    def _add(self, rows: dict[Key, Row]) -> None:
+    def _add(self, rows: dict[Place, Row]) -> None:
         # A crash between the merge and the removal of a rank's file leaves a trial in both: the same trial.
         for key, row in rows.items():
             self._finished.setdefault(key, row)
@@ -245,7 +250,7 @@ class RunFolder:
             self._add(_read_rows(path)[0])
         if self._file is not None:
             self._file.close()
-        lines = (to_json(self._finished[key]) + "\n" for key in sorted(self._finished))
+        lines = (to_json(row) + "\n" for row in _ordered(self._finished))
         write_atomic(self.path / RESULTS, "".join(lines))
         for path in files:
             path.unlink()
@@ -253,21 +258,34 @@ class RunFolder:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The finished trials of a folder that nobody is writing, sorted by length, depth and trial.
+    """The finished trials of a folder that nobody is writing, sorted by task, length, depth and trial.
 
     Raises:
         RecordError: the folder has no results, or a line is corrupt.
     """
-    rows: dict[Key, Row] = {}
+    rows: dict[Place, Row] = {}
     for rank in range(_highest_rank(path) + 1):
         for key, row in _read_rows(path / _results_name(rank))[0].items():
             rows.setdefault(key, row)
     if not rows:
         raise RecordError(f"the folder {path} holds no finished trial")
-    return [rows[key] for key in sorted(rows)]
+    return _ordered(rows)
 
 
-def _read_rows(path: Path) -> tuple[dict[Key, Row], int]:
+def suite_of(configuration: dict[str, Any]) -> type[Suite]:
+    """The suite that a run's configuration belongs to.
+
+    Raises:
+        UnknownNameError: it names no suite that we have.
+    """
+    return SUITES.get(str(configuration.get("task")))
+
+
+def _ordered(rows: dict[Place, Row]) -> list[Row]:
+    return [rows[place] for place in sorted(rows, key=lambda place: place.order)]
+
+
+def _read_rows(path: Path) -> tuple[dict[Place, Row], int]:
     """The rows of one file and the number of bytes before a torn last line (a line without its line end)."""
     try:
         data = path.read_bytes()
@@ -276,22 +294,25 @@ def _read_rows(path: Path) -> tuple[dict[Key, Row], int]:
     except OSError as error:
         raise RecordError(f"the file {path} cannot be read: {error.strerror or error}") from error
     intact = data.rfind(b"\n") + 1
-    rows: dict[Key, Row] = {}
+    rows: dict[Place, Row] = {}
     for number, line in enumerate(data[:intact].split(b"\n")[:-1], start=1):
         where = f"the file {path}, line {number},"
         row = parse_line(line, where)
         key = _key(row, where)
         if key in rows:
-            raise RecordError(f"{where} repeats a trial", given=dict(zip(KEY_FIELDS, key, strict=True)))
+            raise RecordError(f"{where} repeats a trial", given=key._asdict())
         rows[key] = row
     return rows, intact
 
 
-def _key(row: Row, where: str) -> Key:
-    missing = [name for name in KEY_FIELDS if not isinstance(row.get(name), (int, float))]
+def _key(row: Row, where: str) -> Place:
+    numbers = {name: isinstance(row.get(name), (int, float)) for name in KEY_FIELDS}
+    numbers |= {"task": isinstance(row.get("task"), str)}
+    numbers["depth"] |= "depth" in row and row["depth"] is None
+    missing = [name for name, there in numbers.items() if not there]
     if missing:
-        raise RecordError(f"{where} has no number for {', '.join(missing)}")
-    return int(row["length"]), float(row["depth"]), int(row["trial"])
+        raise RecordError(f"{where} does not say {', '.join(missing)}")
+    return Place.of(row)
 
 
 def _lock_name(rank: int) -> str:

@@ -38,6 +38,11 @@ class RealText:
     path: str
     sha256: str
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run's configuration says of it."""
+        return {"path": self.path, "sha256": self.sha256}
+
 
 def read_text(path: str | Path) -> RealText:
     """Read a text file, or every .txt file in a folder and below it.

@@ -16,16 +16,13 @@ SAMPLE_FAILURES = 8
 LONGEST_OUTPUT = 300
 
 
-def report(
-    run: Mapping[str, Any], summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], heatmap_png: bytes
-) -> str:
-    """The content of `report.html`: results with intervals, the heatmap, some failures, and all that was asked.
+def report(run: Mapping[str, Any], summary: Mapping[str, Any], results: Sequence[str]) -> str:
+    """The content of `report.html`: the results, and all that was asked.
 
     Args:
         run: the content of `run.json`.
         summary: the content of `summary.json`.
-        rows: the finished trials.
-        heatmap_png: the content of `heatmap.png`.
+        results: the suite's own sections, ready HTML.
     """
     patch = run.get("patch")
     lead = f"{run.get('model')}, {summary['title']}: {summary['trials']} trials, {run.get('created')}"
@@ -35,10 +32,7 @@ def report(
         f"{summary['task']}: {summary['title']}",
         lead,
         [
-            html.section("Accuracy by prompt length", _length_table(summary), html.note(_reach_note(summary))),
-            html.section("Accuracy by length and depth", html.image(heatmap_png, "accuracy by length and depth")),
-            html.section("Cells", _cell_table(summary)),
-            html.section("Failures", *_failures(rows)),
+            *results,
             html.section(
                 "Patch",
                 html.definitions(patch_brief) if patch else html.note("None: the model as it was loaded."),
@@ -48,6 +42,20 @@ def report(
             html.section("Versions", html.definitions(run.get("versions", {}))),
         ],
     )
+
+
+def grid_sections(
+    summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]
+) -> list[str]:
+    """What a grid of trials says: accuracy with intervals, the heatmap, every cell, some failures."""
+    return [
+        html.section("Accuracy by prompt length", _length_table(summary), html.note(_reach_note(summary))),
+        html.section(
+            "Accuracy by length and depth", html.image(figures["heatmap.png"], "accuracy by length and depth")
+        ),
+        html.section("Cells", _cell_table(summary)),
+        html.section("Failures", *_failures(rows)),
+    ]
 
 
 def comparison_report(comparison: Comparison, heatmap_png: bytes, *, title: str = "Comparison") -> str:

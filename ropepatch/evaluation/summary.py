@@ -36,7 +36,7 @@ def summarise(rows: list[dict[str, Any]], configuration: dict[str, Any], *, titl
     ]
     by_length = [{"length": length, **_scores(group)} for length, group in _grouped(rows, lambda row: row["length"])]
     return {
-        "task": rows[0].get("task") if rows else configuration.get("suite"),
+        "task": configuration.get("task"),
         "title": run_title(configuration) if title is None else title,
         "trained_length": trained_length(configuration),
         "trials": len(rows),

@@ -23,7 +23,7 @@ def folders(tmp_path: Path) -> list[Path]:
     made = []
     for name, reach in (("base", 64), ("longer", 128)):
         with RunFolder.open(
-            tmp_path / name, {"seed": 0, "model": "tiny", "patch": None, "trained_length": 64}
+            tmp_path / name, {"task": "passkey", "seed": 0, "model": "tiny", "patch": None, "trained_length": 64}
         ) as folder:
             for length in (64, 128):
                 for trial in range(4):

@@ -19,7 +19,7 @@ YARN = {
 
 
 def configuration(**changes: Any) -> dict[str, Any]:
-    base = {"suite": "passkey", "model": "tiny", "seed": 7, "trained_length": 64, "chat_template": False, "patch": None}
+    base = {"task": "passkey", "model": "tiny", "seed": 7, "trained_length": 64, "chat_template": False, "patch": None}
     return {**base, **changes}
 
 

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from ropepatch.evaluation.haystack import FILLER
-from ropepatch.evaluation.passkey import INSTRUCTION, QUESTION, REPLY
+from ropepatch.evaluation.tasks.passkey import INSTRUCTION, QUESTION, REPLY
 
 _CORPUS = [
     f"{INSTRUCTION}\n{FILLER} {FILLER}\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n{FILLER}\n"

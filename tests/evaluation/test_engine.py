@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,8 @@ def _forced(net: Any, prompt: list[int], answer: list[int]) -> tuple[bool, float
     return bool((logits.argmax(-1) == target).all()), float(logits.log_softmax(-1)[range(len(answer)), target].sum())
 
 
-def _query(prompt: list[int], answer: list[int]) -> Query:
-    return Query(np.asarray(prompt, dtype=np.int32), np.asarray(answer, dtype=np.int32))
+def _query(prompt: list[int], answer: list[int], most_tokens: int = NEW, enough: Any = None) -> Query:
+    return Query(np.asarray(prompt, dtype=np.int32), np.asarray(answer, dtype=np.int32), most_tokens, enough)
 
 
 def _queries(net: Any) -> list[Query]:
@@ -72,7 +73,7 @@ def test_equals_plain_transformers(kind: str, chunk_size: int) -> None:
     net = model(kind)
     queries = _queries(net)
     with Engine(net, chunk_size) as engine:
-        outcomes = list(engine.run(queries, max_new_tokens=NEW))
+        outcomes = list(engine.run(queries))
         assert engine.reuse == KINDS[kind]
         assert (engine.reason is None) == KINDS[kind]
     _check(net, queries, outcomes)
@@ -94,7 +95,7 @@ def test_computes_each_token_once_by_the_models_own_count() -> None:
         visits = engine.prepare(queries)
         seen: list[int] = []
         hook = net.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].numel()))
-        outcomes = list(engine.run(queries, visits=visits, max_new_tokens=NEW))
+        outcomes = list(engine.run(queries, visits=visits))
         hook.remove()
     assert all(outcome.forced for outcome in outcomes)
     assert sum(seen) == engine.work.trie_size < engine.work.sum_of_prompts
@@ -117,7 +118,7 @@ def test_any_overlap_of_prompts_and_answers(cases: list[tuple[list[int], list[in
     net = model("llama", vocab_size=8)
     queries = [_query(prompt, answer) for prompt, answer in cases]
     with Engine(net, chunk_size) as engine:
-        _check(net, queries, list(engine.run(queries, max_new_tokens=NEW)))
+        _check(net, queries, list(engine.run(queries)))
     assert engine.reuse
 
 
@@ -126,7 +127,7 @@ def test_one_engine_for_several_lists() -> None:
     queries = _queries(net)
     with Engine(net, 32) as engine:
         for part in (queries[:6], queries[6:], queries[2:9]):
-            _check(net, part, list(engine.run(part, max_new_tokens=NEW)))
+            _check(net, part, list(engine.run(part)))
     assert engine.work.tokens_computed == engine.work.trie_size
     assert net.config._attn_implementation == "sdpa"
 
@@ -136,7 +137,7 @@ def test_patched_attention_is_put_back() -> None:
     before = dict(vars(net.config))
     queries = _queries(net)
     with Engine(net) as engine:
-        outcomes = engine.run(queries, max_new_tokens=NEW)
+        outcomes = engine.run(queries)
         next(outcomes)
         assert net.config._attn_implementation != "sdpa"
         outcomes.close()
@@ -149,7 +150,7 @@ def test_training_mode_is_put_back() -> None:
     net.model.layers[0].eval()
     before = [module.training for module in net.modules()]
     with Engine(net) as engine:
-        list(engine.run([_query([5, 6, 7], [8])], max_new_tokens=1))
+        list(engine.run([_query([5, 6, 7], [8], 1)]))
         assert not net.training
     assert [module.training for module in net.modules()] == before
 
@@ -160,9 +161,9 @@ def test_generation_stops_at_an_end_token_and_when_enough() -> None:
     greedy = _greedy(net, prompt)
     wrong = _query(prompt, [(greedy[0] + 1) % 500])
     with Engine(net) as engine:
-        (outcome,) = engine.run([wrong], max_new_tokens=NEW, end_tokens=frozenset([greedy[2]]))
+        (outcome,) = engine.run([wrong], end_tokens=frozenset([greedy[2]]))
         assert outcome.generated == greedy[: greedy.index(greedy[2]) + 1]
-        (outcome,) = engine.run([wrong], max_new_tokens=NEW, done=lambda generated: len(generated) == 4)
+        (outcome,) = engine.run([dataclasses.replace(wrong, enough=lambda generated: len(generated) == 4)])
         assert outcome.generated == greedy[:4]
 
 
@@ -173,7 +174,7 @@ def test_the_checkpoints_penalties_do_not_count(kind: str) -> None:
     net.generation_config.repetition_penalty = 50.0
     own = net.generation_config
     with Engine(net) as engine:
-        outcomes = list(engine.run(queries, max_new_tokens=NEW))
+        outcomes = list(engine.run(queries))
     assert net.generation_config is own
     net.generation_config.repetition_penalty = 1.0
     _check(net, queries, outcomes)
@@ -188,7 +189,7 @@ def test_rope_that_depends_on_length_is_not_reused() -> None:
     queries = [_query(prompt, _greedy(model("llama", **options), prompt, 3)) for prompt in prompts]
     net = model("llama", **options)
     with Engine(net) as engine:
-        outcomes = list(engine.run(queries, max_new_tokens=NEW))
+        outcomes = list(engine.run(queries))
     assert not engine.reuse
     assert engine.reason is not None
     assert "dynamic" in engine.reason
@@ -196,7 +197,7 @@ def test_rope_that_depends_on_length_is_not_reused() -> None:
         assert outcome.generated[:3] == queries[outcome.index].answer.tolist()
     short = [_query(prompt[:40], [1]) for prompt in prompts]
     with Engine(net) as engine:  # below the length where it sets in
-        _check(net, short, list(engine.run(short, max_new_tokens=NEW)))
+        _check(net, short, list(engine.run(short)))
     assert engine.reuse
 
 
@@ -242,7 +243,7 @@ def test_out_of_memory_halves_the_chunk(error: Exception) -> None:
     with Engine(net, 128) as engine:
         visits = engine.prepare(queries)
         hook = _fail(net, error, lambda tokens: tokens > 40)
-        outcomes = list(engine.run(queries, visits=visits, max_new_tokens=NEW))
+        outcomes = list(engine.run(queries, visits=visits))
         hook.remove()
     assert [o.forced for o in sorted(outcomes, key=lambda o: o.index)] == [forced for forced, _ in expected]
     _check(net, queries, outcomes)
@@ -254,7 +255,7 @@ def test_out_of_memory_for_good_keeps_what_is_done() -> None:
     with Engine(net, 64) as engine:
         visits = engine.prepare(queries)
         hook = _fail(net, MemoryError(), lambda tokens: tokens > 8)
-        outcomes = engine.run(queries, visits=visits, max_new_tokens=1)
+        outcomes = engine.run(queries, visits=visits)
         assert next(outcomes).index == 0
         with pytest.raises(RopepatchError, match="Out of memory on a prompt of 100 tokens"):
             next(outcomes)
@@ -268,7 +269,7 @@ def test_other_errors_are_not_swallowed() -> None:
         visits = engine.prepare(queries)
         hook = _fail(net, RuntimeError("a shape is wrong"), lambda tokens: True)
         with pytest.raises(RuntimeError, match="a shape is wrong"):
-            list(engine.run(queries, visits=visits, max_new_tokens=1))
+            list(engine.run(queries, visits=visits))
         hook.remove()
 
 
@@ -303,7 +304,7 @@ def test_models_patched_in_the_attention_seam(method: str, options: dict[str, An
         visits = engine.prepare(queries)
         assert engine.reuse == reuse
         assert reuse or "truncate=false" in str(engine.reason)
-        _check(net, queries, list(engine.run(queries, visits=visits, max_new_tokens=NEW)))
+        _check(net, queries, list(engine.run(queries, visits=visits)))
 
 
 def test_end_tokens() -> None:

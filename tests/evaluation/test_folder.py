@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 import ropepatch
 from ropepatch.errors import OutputConflictError, OutputError, RecordError, UsageError
 from ropepatch.evaluation.folder import RunFolder, read_rows
+from ropepatch.evaluation.task import Place
 
 CONFIGURATION: dict[str, Any] = {
-    "suite": "passkey",
+    "task": "passkey",
     "model": "tiny",
     "seed": 7,
     "trained_length": 64,
@@ -77,7 +78,7 @@ def test_resuming_finds_what_is_finished_and_keeps_run_json(tmp_path: Path) -> N
         folder.append(row(trial=0))
     before = (tmp_path / "run.json").read_bytes()
     with RunFolder.open(tmp_path, CONFIGURATION) as folder:
-        assert folder.finished == {(32, 0.5, 0): row(trial=0)}
+        assert folder.finished == {Place("passkey", 32, 0.5, 0): row(trial=0)}
         folder.append(row(trial=1))
         with pytest.raises(RecordError, match="finished already"):
             folder.append(row(trial=1))
@@ -98,7 +99,7 @@ def test_a_torn_last_line_is_dropped_and_redone(tmp_path_factory: pytest.TempPat
     with RunFolder.open(path, CONFIGURATION) as folder:
         assert len(folder.finished) == whole[:cut].count(b"\n")
         for entry in grid():
-            if (entry["length"], entry["depth"], entry["trial"]) not in folder.finished:
+            if Place.of(entry) not in folder.finished:
                 folder.append(entry)
     assert (path / "results.jsonl").read_bytes() == whole
 
@@ -108,8 +109,8 @@ def test_a_torn_last_line_is_dropped_and_redone(tmp_path_factory: pytest.TempPat
     [
         (b'{"length": 32, "depth"\n', "line 2"),
         (b"[1, 2]\n", "not a JSON object"),
-        (b'{"length": 32, "depth": 0.5}\n', "no number for trial"),
-        (b'{"length": 32, "depth": 0.5, "trial": 1, "correct": NaN}\n', "NaN"),
+        (b'{"task": "passkey", "length": 32, "depth": 0.5}\n', "does not say trial"),
+        (b'{"task": "passkey", "length": 32, "depth": 0.5, "trial": 1, "correct": NaN}\n', "NaN"),
         (b"\xff\xfe\n", "line 2"),
         (b"\n", "line 2"),
         (json.dumps(row()).encode() + b"\n", "repeats a trial"),
@@ -192,7 +193,7 @@ def test_a_full_disk_keeps_what_was_appended(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="closed"):
             folder.append(row(trial=2))
     with RunFolder.open(tmp_path, CONFIGURATION) as folder:
-        assert list(folder.finished) == [(32, 0.5, 0)]
+        assert list(folder.finished) == [Place("passkey", 32, 0.5, 0)]
 
 
 def test_what_json_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_what_json_cannot_say_is_refused_before_anything_is_written(tmp_path: Pa
         for value in (float("nan"), float("-inf"), object()):
             with pytest.raises(RecordError, match="annot be written as JSON"):
                 folder.append(row(logprob=value))
-        with pytest.raises(RecordError, match="no number for depth"):
+        with pytest.raises(RecordError, match="does not say task, depth"):
             folder.append({"length": 1, "trial": 0})
         assert folder.finished == {}
     assert (tmp_path / "results.jsonl").read_bytes() == b""
@@ -226,7 +227,7 @@ def test_a_killed_process_loses_nothing_and_leaves_no_lock(tmp_path: Path) -> No
         from ropepatch.evaluation.folder import RunFolder
         folder = RunFolder.open({str(tmp_path)!r}, {CONFIGURATION!r})
         for trial in range(10**6):
-            folder.append({{"length": 32, "depth": 0.5, "trial": trial, "correct": 1.0, "output": "x" * 5000}})
+            folder.append({{"task": "passkey", "length": 32, "depth": 0.5, "trial": trial, "correct": 1.0, "output": "x" * 5000}})
             print(trial, flush=True)
         """
     )
@@ -242,7 +243,7 @@ def test_a_killed_process_loses_nothing_and_leaves_no_lock(tmp_path: Path) -> No
     child.stdout.close()
     child.wait()
     with RunFolder.open(tmp_path, CONFIGURATION) as folder:
-        trials = sorted(trial for _, _, trial in folder.finished)
+        trials = sorted(trial for _, _, _, trial in folder.finished)
         assert trials == list(range(len(trials)))
         assert len(trials) >= reported_last + 1
         folder.append(row(trial=len(trials)))

@@ -13,7 +13,8 @@ from small import model, tokenizer
 import ropepatch
 from ropepatch.errors import OptionError, OutputConflictError, PromptError, UnsupportedModelError
 from ropepatch.evaluation import EvaluationResult, evaluate
-from ropepatch.evaluation.passkey import PasskeyTask
+from ropepatch.evaluation.task import Place
+from ropepatch.evaluation.tasks.passkey import PasskeyTask
 
 GRID: dict[str, Any] = {"lengths": [150, 260], "depths": [0, 0.5, 1], "trials": 2, "progress": False}
 NAME = "byte_level"
@@ -38,9 +39,9 @@ def test_rows_are_what_plain_generation_gives() -> None:
     assert [_key(row) for row in result.trials] == [
         (n, d, t) for n in (150, 260) for d in (0.0, 0.5, 1.0) for t in (0, 1)
     ]
-    task = PasskeyTask(tokenizer(NAME), longest=260)
+    task = PasskeyTask(tokenizer(NAME), lengths=[260])
     for row in result.trials:
-        prompt = task.build(*_key(row))
+        prompt = task.build(Place.of(row))
         ids = torch.from_numpy(prompt.ids.astype("int64"))[None]
         output = net.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0
@@ -48,7 +49,7 @@ def test_rows_are_what_plain_generation_gives() -> None:
         text = tokenizer(NAME).decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True).strip()
         assert row["output"] == text[:5]
         assert row["correct"] == int(row["output"] == row["answer"])
-        assert row["answer"] == prompt.key
+        assert row["answer"] == prompt.expected
         assert ids.shape[1] == row["length"]
     assert result.tokens_computed == result.trie_size < result.sum_of_prompts
     assert result.reuse
@@ -59,8 +60,8 @@ def test_rows_are_what_plain_generation_gives() -> None:
 def test_a_model_that_finds_the_key_scores_one() -> None:
     """A head that looks up what followed the same three tokens earlier in its input: perfect recall, made by hand."""
     net = model("llama")
-    task = PasskeyTask(tokenizer(NAME), longest=260)
-    prompts = [task.build(n, d, t) for n in (150, 260) for d in (0.0, 0.5, 1.0) for t in (0, 1)]
+    task = PasskeyTask(tokenizer(NAME), lengths=[260])
+    prompts = [task.build(Place("passkey", n, d, t)) for n in (150, 260) for d in (0.0, 0.5, 1.0) for t in (0, 1)]
     after: dict[tuple[int, ...], int] = {}
     for prompt in prompts:
         whole = [*prompt.ids.tolist(), *prompt.answer.tolist()]

@@ -1,13 +1,9 @@
 """The passkey task: a number hidden in filler text, asked for at the end.
 
 The wording is the benchmark's definition (Landmark Attention, Mohtashami and Jaggi, arXiv 2305.16300): five lines,
-joined by newlines. Unlike other harnesses, `length` is the exact number of tokens that the model is given.
-
-How a prompt gets its exact length: the filler before the key ends at a sentence, the filler behind the key takes up
-the rest and is cut at a token border at its far end, before the question. The text is tokenised as a whole and
-measured, and the cut moved until the count is right. Where no cut of the text gives exactly that count (a tokenizer
-may fuse a full stop with a newline), the last filler tokens are taken out of the id list instead; key and question
-are untouched. Either way the ids that were counted are the ids that are evaluated.
+joined by newlines. Unlike other harnesses, `length` is the exact number of tokens that the model is given: the filler
+before the key ends at a sentence, the filler behind the key takes up the rest and is cut at a token border at its far
+end, before the question (`fitting`).
 
 Prompts share prefixes: the filler before the key is always the same text from its beginning, for every depth, trial
 and length, and a trial's key is the same at every length.
@@ -17,14 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from ropepatch.errors import OptionError, PromptError
-from ropepatch.evaluation.haystack import Haystack, RealText
-from ropepatch.evaluation.prompt import Ids, TextEncoder, Tokens
+from ropepatch.evaluation.fitting import Draft, Fitted, fit
+from ropepatch.evaluation.haystack import Haystack, RealText, read_text
+from ropepatch.evaluation.prompt import Ids, TextEncoder
+from ropepatch.evaluation.suite import Depth, RetrievalSuite, register
+from ropepatch.evaluation.task import Grade, Place, Prompt, Retrieval
 
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. "
@@ -34,40 +34,37 @@ QUESTION = "What is the pass key?"
 REPLY = "The pass key is"
 
 MAX_DIGITS = 18
-_SEARCH_STEPS = 8
+_SPARE_TOKENS = 3
 
 
-@dataclass(frozen=True, eq=False)
-class PasskeyPrompt:
-    """One trial's prompt.
+@register
+class PasskeySuite(RetrievalSuite):
+    """Settings of a passkey grid. Every trial is one (length, depth, trial).
 
     Attributes:
-        length: tokens of the prompt, equal to len(ids).
-        depth: where in the filler the key was asked to be, 0..1.
-        trial: number of the trial within its cell, from 0.
-        key: the digits.
-        ids: the prompt's token ids, shape [length], int32.
-        answer: the ids of the key as they follow the prompt, found by tokenising prompt and key together.
-        key_start, key_end: the tokens of the prompt that hold the key's first mention, end exclusive.
+        depths: places of the key in the filler, 0 (first) to 1 (last).
+        digits: of each key.
+        text: file or folder of real text to hide the key in; None for the benchmark's repeated sentences.
     """
 
-    length: int
-    depth: float
-    trial: int
-    key: str
-    ids: Ids
-    answer: Ids
-    key_start: int
-    key_end: int
+    name = "passkey"
 
+    task: Literal["passkey"] = "passkey"
+    depths: Annotated[tuple[Depth, ...], Field(min_length=1)]
+    digits: Annotated[int, Field(ge=1, le=MAX_DIGITS)] = 5
+    text: str | None = None
 
-@dataclass(frozen=True)
-class _Draft:
-    """A prompt's text, with the places that matter as character positions."""
-
-    text: str
-    key: tuple[int, int]
-    behind: tuple[int, int]
+    def retrieval(self, tokenizer: Any) -> PasskeyTask:
+        return PasskeyTask(
+            tokenizer,
+            lengths=self.lengths,
+            depths=self.depths,
+            trials=self.trials,
+            seed=self.seed,
+            digits=self.digits,
+            chat_template=self.chat_template,
+            text=None if self.text is None else read_text(self.text),
+        )
 
 
 def draw_key(seed: int, depth: float, trial: int, digits: int) -> str:
@@ -79,12 +76,12 @@ def draw_key(seed: int, depth: float, trial: int, digits: int) -> str:
     return str(low + int.from_bytes(digest, "big") % (high - low))
 
 
-class PasskeyTask:
+class PasskeyTask(Retrieval):
     """Builds passkey prompts for one tokenizer.
 
     Args:
         tokenizer: the model's own, fast Hugging Face tokenizer.
-        longest: the longest length that will be asked for, in tokens.
+        lengths, depths, trials: the grid; prompts beyond its longest length cannot be built.
         seed: of the keys.
         digits: of each key.
         chat_template: put the prompt into the tokenizer's chat template, the question's last words ("The pass key
@@ -101,7 +98,9 @@ class PasskeyTask:
         self,
         tokenizer: Any,
         *,
-        longest: int,
+        lengths: Sequence[int],
+        depths: Sequence[float] = (0.5,),
+        trials: int = 1,
         seed: int = 0,
         digits: int = 5,
         chat_template: bool = False,
@@ -112,18 +111,29 @@ class PasskeyTask:
         self.encoder = TextEncoder(tokenizer, chat_template=chat_template)
         self.seed = seed
         self.digits = digits
-        self._check_length(longest, draw_key(seed, 0.0, 0, digits))
-        self.haystack = Haystack(self.encoder, longest, text)
+        self.text = text
+        self._grid = lengths, depths, trials
+        self._check_length(max(lengths), draw_key(seed, 0.0, 0, digits))
+        self.haystack = Haystack(self.encoder, max(lengths), text)
         self._last_cut: dict[tuple[int, float], int] = {}
 
-    def build(self, length: int, depth: float, trial: int) -> PasskeyPrompt:
-        """The prompt of one trial.
+    def places(self) -> list[Place]:
+        lengths, depths, trials = self._grid
+        return [Place(self.name, n, depth, trial) for n in lengths for depth in depths for trial in range(trials)]
+
+    def inputs(self) -> dict[str, Any]:
+        return {"text": None if self.text is None else self.text.identity}
+
+    def build(self, place: Place) -> Prompt:
+        """The prompt of one trial; its row has `key_start` and `key_end`: the tokens of the key's first mention, end
+        exclusive.
 
         Raises:
             PromptError: `length` is too short (the message names the minimum), `depth` is not within 0..1, or the
                 tokenizer cannot represent digits.
         """
-        if not (math.isfinite(depth) and 0 <= depth <= 1):
+        length, depth, trial = place.length, place.depth, place.trial
+        if depth is None or not (math.isfinite(depth) and 0 <= depth <= 1):
             raise PromptError("depth out of range", given=depth, allowed="0 to 1")
         key = draw_key(self.seed, depth, trial, self.digits)
         room = length - self._check_length(length, key)
@@ -135,9 +145,18 @@ class PasskeyTask:
             if cut == 0:
                 raise PromptError("no prompt of exactly this length can be built", given=length)
             cut = self.haystack.cut(self.haystack.tokens_before(cut) - 1)
-        tokens, draft = fitted
-        start, end = tokens.span(*draft.key)
-        return PasskeyPrompt(length, depth, trial, key, tokens.ids, self._answer(draft, key), start, end)
+        tokens, draft, _ = fitted
+        start, end = tokens.span(*draft.marks["key"])
+        answer = self._answer(draft, key)
+        details = {"key_start": start, "key_end": end}
+        return Prompt(place, tokens.ids, answer, key, len(answer) + _SPARE_TOKENS, details)
+
+    def enough(self, prompt: Prompt, text: str) -> bool:
+        return len(text.strip()) >= len(prompt.expected)
+
+    def grade(self, prompt: Prompt, text: str) -> Grade:
+        output = text.strip()[: self.digits]
+        return Grade(output, int(output == prompt.expected))
 
     def _check_length(self, length: int, key: str) -> int:
         """The tokens of a prompt without filler, which `length` must cover."""
@@ -146,7 +165,7 @@ class PasskeyTask:
             raise PromptError("the length is too short for the prompt", given=length, allowed=f"at least {minimum}")
         return minimum
 
-    def _draft(self, before: str, key: str, behind: str) -> _Draft:
+    def _draft(self, before: str, key: str, behind: str) -> Draft:
         key_line = f"The pass key is {key}. Remember it. {key} is the pass key."
         head = f"{INSTRUCTION}\n{before}\n"
         user = f"{head}{key_line}\n{behind}\n{QUESTION}"
@@ -154,46 +173,23 @@ class PasskeyTask:
         origin = text.index(user)
         key_at = origin + len(head) + key_line.index(key)
         behind_at = origin + len(head) + len(key_line) + 1
-        return _Draft(text, (key_at, key_at + len(key)), (behind_at, behind_at + len(behind)))
+        return Draft(text, (behind_at, behind_at + len(behind)), {"key": (key_at, key_at + len(key))})
 
-    def _fit(self, length: int, depth: float, key: str, cut: int, room: int) -> tuple[Tokens, _Draft] | None:
+    def _fit(self, length: int, depth: float, key: str, cut: int, room: int) -> Fitted | None:
         """The prompt with the key at `cut`, exactly `length` tokens; None when the key must move forward for it."""
         base = self.haystack.tokens_before(cut)
-        most = len(self.haystack) - base
-        tried: dict[int, tuple[Tokens, _Draft]] = {}
 
-        def measure(extra: int) -> int:
-            """The tokens of the prompt with `extra` filler tokens behind the key."""
-            if extra not in tried:
-                behind = self.haystack.text[cut : self.haystack.token_end(base + extra)] if extra else ""
-                draft = self._draft(self.haystack.text[:cut], key, behind.strip())
-                tried[extra] = (self.encoder.encode(draft.text), draft)
-            return len(tried[extra][0])
+        def draft(extra: int) -> Draft:
+            behind = self.haystack.text[cut : self.haystack.token_end(base + extra)] if extra else ""
+            return self._draft(self.haystack.text[:cut], key, behind.strip())
 
-        extra = self._last_cut.get((length, depth), room - base)
-        for _ in range(_SEARCH_STEPS):
-            extra = min(max(extra, 0), most)
-            if extra in tried:
-                break
-            missing = length - measure(extra)
-            if not missing:
-                self._last_cut[length, depth] = extra
-                return tried[extra]
-            extra += missing
-        # No cut of the text gives exactly this count. Take the surplus of the shortest text that is too long out of
-        # its ids, at the far end of the filler.
-        extra = max((e for e in tried if measure(e) <= length), default=0)
-        while extra < most and measure(extra) < length:
-            extra += 1
-        surplus = measure(extra) - length
-        tokens, draft = tried[extra]
-        spare = tokens.inside(*draft.behind)
-        if not 0 <= surplus <= len(spare):
-            return None
-        keep = np.delete(np.arange(len(tokens)), spare[len(spare) - surplus :])
-        return Tokens(tokens.ids[keep], tokens.starts[keep], tokens.ends[keep]), draft
+        guess = self._last_cut.get((length, depth), room - base)
+        fitted = fit(self.encoder, length, draft, guess=guess, most=len(self.haystack) - base)
+        if fitted is not None:
+            self._last_cut[length, depth] = fitted.units
+        return fitted
 
-    def _answer(self, draft: _Draft, key: str) -> Ids:
+    def _answer(self, draft: Draft, key: str) -> Ids:
         """The key's ids as they follow the prompt: what prompt and key together have beyond the prompt."""
         prompt = self.encoder.encode(draft.text).ids
         whole = self.encoder.encode(f"{draft.text} {key}").ids
