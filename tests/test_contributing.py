@@ -56,7 +56,7 @@ def test_the_shown_family_is_the_one_in_the_package() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "label", "parts"), [("docs/attention.md", "example", 3), ("README.md", "attention", 1)]
+    ("page", "label", "parts"), [("docs/attention.md", "example", 4), ("README.md", "attention", 1)]
 )
 def test_the_examples_of_the_attention_seam_run(page: str, label: str, parts: int) -> None:
     """In the order of the page, on one tiny model."""

@@ -97,7 +97,7 @@ class _Run:
         self.v = _widen(v, self.width)
         self.plan: list[Block] = make_plan(seen, layer.scheme, BLOCK if self.slopes is None else SLOPED_BLOCK)
         self.last_use = {task.segment.form: number for number, block in enumerate(self.plan) for task in block.tasks}
-        self.forms: dict[str, tuple[int, Tensor]] = {}
+        self.forms: dict[str, Tensor] = {}
 
     # -- forward
 
@@ -225,8 +225,8 @@ class _Run:
                 made = key_form(self.k, segment, self.layer, self.seen.k_positions)
             if self.width > self.dim:
                 made = _widen(made, self.width)
-            found = self.forms[segment.form] = (0, made)
-        return found[1]
+            found = self.forms[segment.form] = made
+        return found
 
     def _mask(self, block: Block, task: Task) -> Tensor | None:
         if task.irregular:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,7 +58,7 @@ class Call:
 class _Running(threading.local):
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.probe: Probe | None = None
+        self.heard: Callable[[WatchedCall], None] | None = None
 
 
 _RUNNING = _Running()
@@ -111,7 +111,7 @@ def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             given=config._attn_implementation,
             hint="call ropepatch.unpatch(model) first, or leave the attention implementation alone",
         )
-    given = _arguments(module, args, kwargs)
+    given = arguments(module, args, kwargs)
     if given.get("output_attentions") or getattr(config, "output_attentions", False):
         raise UnsupportedModelError(
             "a model patched in the attention seam never makes its attention weights, so it cannot give them out",
@@ -156,7 +156,8 @@ def _names(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's call by their names."""
     return {**dict(zip(_names(module), args, strict=False)), **kwargs} if args else kwargs
 
 
@@ -382,17 +383,17 @@ def attention(
         dropout=dropout if module.training else 0.0,
     )
     seen = attention_mask
-    probe = _RUNNING.probe
-    if probe is not None:
-        probe.calls.append(ProbedCall(module, query.detach(), key.detach(), seen))
+    heard = _RUNNING.heard
     seam = module.__dict__.get(SEAM)
     number = None
     if seam is not None:
         layer = replace(layer, scheme=seam.scheme, rotary=seam.rotary, layout=seam.layout)
         layer = replace(layer, learned=getattr(module, LEARNED, None))
         number = seam.number
-    elif probe is None:
+    elif heard is None:
         raise UnsupportedModelError("an attention layer that the patch has not seen", given=type(module).__name__)
+    if heard is not None:
+        heard(WatchedCall(module, query.detach(), key.detach(), layer, seen))
     out = attend(query, key, value, layer, seen, number=number, layer_index=getattr(module, "layer_idx", None))
     return out.transpose(1, 2).contiguous(), None
 
@@ -444,27 +445,24 @@ def attend(
 
 
 @dataclass(frozen=True)
-class ProbedCall:
-    """One call of the attention function: the module, what it got, and its mask."""
+class WatchedCall:
+    """One call of the attention function: the module, what it got, what it computes, and its mask."""
 
     module: nn.Module
     query: Tensor
     key: Tensor
+    layer: Layer
     seen: Visibility
 
 
-@dataclass
-class Probe:
-    """Every call of the attention function, in order."""
-
-    calls: list[ProbedCall] = field(default_factory=list)
-
-
 @contextmanager
-def probing() -> Iterator[Probe]:
-    """Record all calls of the attention function in this thread; layers without a seam attend plainly meanwhile."""
-    _RUNNING.probe = Probe()
+def watching(heard: Callable[[WatchedCall], None]) -> Iterator[None]:
+    """Tell `heard` of each call of the attention function in this thread, before it attends.
+
+    Layers without a seam attend plainly meanwhile, instead of being refused.
+    """
+    before, _RUNNING.heard = _RUNNING.heard, heard
     try:
-        yield _RUNNING.probe
+        yield
     finally:
-        _RUNNING.probe = None
+        _RUNNING.heard = before

@@ -49,23 +49,26 @@ class Block:
     tasks: tuple[Task, ...]
 
 
-def make_plan(visibility: Visibility, scheme: Scheme, block_size: int) -> list[Block]:
-    """The rectangles of a call; kept with the visibility, since all layers of one scheme share them."""
-    key = (id(scheme), block_size)
+def make_plan(visibility: Visibility, scheme: Scheme, block_size: int, *, whole: bool = True) -> list[Block]:
+    """The rectangles of a call; kept with the visibility, since all layers of one scheme share them.
+
+    With `whole`, ordinary causal attention of a call without a past is one block, however long.
+    """
+    key = (id(scheme), block_size, whole)
     found = visibility.plans.get(key)
     if found is None:
         # The scheme itself is kept too: its id must not be given to another one meanwhile.
-        found = visibility.plans[key] = (scheme, list(_blocks(visibility, scheme, block_size)))
+        found = visibility.plans[key] = (scheme, list(_blocks(visibility, scheme, block_size, whole)))
     plan: list[Block] = found[1]
     return plan
 
 
-def _blocks(seen: Visibility, scheme: Scheme, block_size: int) -> Iterator[Block]:
+def _blocks(seen: Visibility, scheme: Scheme, block_size: int, whole: bool) -> Iterator[Block]:
     q_positions = seen.q_positions.cpu()
     line = line_of(seen)
-    whole = _whole(seen, scheme, line)
-    if whole is not None:
-        yield whole
+    square = _whole(seen, scheme, line) if whole else None
+    if square is not None:
+        yield square
         return
     for start, stop in _cuts(q_positions, scheme.period, block_size):
         rows = q_positions[:, start:stop]

@@ -100,6 +100,17 @@ class Visibility:
         """All rows of the batch are alike."""
         return self.q_positions.shape[0] == 1 and (self.q_documents is None or self.q_documents.shape[0] == 1)
 
+    def of_queries(self, rows: Tensor) -> Visibility:
+        """Some of the queries, int64 [t], in the order of their slots, and what they see."""
+        return replace(
+            self,
+            q_positions=self.q_positions[:, rows],
+            q_slots=self.q_slots[rows],
+            q_documents=None if self.q_documents is None else self.q_documents[:, rows],
+            extra=None if self.extra is None else self.extra[:, :, rows],
+            plans={},
+        )
+
     def base_pairs(self, queries: slice, keys: slice) -> Tensor:
         """Pairs allowed by order, documents, window, chunk and a boolean mask from outside, [b, 1 or heads, t, n]."""
         q_slots, k_slots = self.q_slots[queries, None], self.k_slots[None, keys]

@@ -1,7 +1,8 @@
 """How the models with ALiBi of their own build their attention: what is known of each, by model_type.
 
 They ask no attention interface: the forward of one module projects, attends and projects back, and the slopes live in
-a function. An `AlibiCore` names the parts, so that the middle can be computed elsewhere.
+a function. An `AlibiCore` names the parts, so that the middle can be computed elsewhere. Falcon's attention modules
+are the same where it rotates.
 
 Shapes: B batch, T tokens, H query heads, K key heads, D head_dim.
 """

@@ -40,10 +40,3 @@ def _divisor(module: Any) -> Any:
 
 def _dropout(module: Any) -> Any:
     return getattr(module, "attn_dropout", getattr(module, "attention_dropout", None))
-
-
-def splitting(host: nn.Module) -> Iterator[str]:
-    """Paths of modules that split, rotate, cache and attend in one forward without a core of its own: Falcon's."""
-    for path, module in host.named_modules():
-        if all(hasattr(module, name) for name in ("_split_heads", "query_key_value", "new_decoder_architecture")):
-            yield path

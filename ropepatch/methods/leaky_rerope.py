@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ropepatch.attention.scheme import Scheme, Segment, everything, own, rotated, static
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
+from ropepatch.methods._attention import LayerGeometry, attention_method
 from ropepatch.methods._base import MAX_FACTOR
-from ropepatch.methods.rerope import DEFAULT_FACTOR, half_window
+from ropepatch.methods._reach import ReachOptions, divisor, reach, window_of
 
 
-class LeakyReropeOptions(SchemeOptions):
+class LeakyReropeOptions(ReachOptions):
     """Options of `leaky_rerope`: `k` or `factor`, not both."""
 
-    window: int | None = Field(
-        default=None,
-        ge=1,
-        description="w, tokens: smaller distances are exact; below the trained length, by default half of it",
-    )
+    divisor: ClassVar[str] = "k"
+
     k: float | None = Field(default=None, ge=1, le=MAX_FACTOR, description="divisor of what a distance exceeds w by")
-    factor: float | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_FACTOR,
-        description="target length / trained length; sets the smallest k that reaches it; 4 where neither is given",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default(cls, given: Any) -> Any:
-        unsaid = given.get("factor") is None and given.get("k") is None
-        return {**given, "factor": DEFAULT_FACTOR} if unsaid else given
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.k is not None and self.factor is not None:
-            raise ValueError("give k (the divisor beyond the window) or factor (target / trained), not both")
-        return self
-
-
-def _reach(layer: LayerGeometry, options: LeakyReropeOptions) -> int:
-    if options.factor is not None:
-        return round(layer.length * options.factor)
-    w = half_window(layer, options.window, layer.length - 1)
-    return int(w + (layer.length - w) * _divisor(layer, options, w))
-
-
-def _divisor(layer: LayerGeometry, options: LeakyReropeOptions, w: int) -> float:
-    if options.k is not None:
-        return options.k
-    # w + (target - w) / k = L
-    return max(1.0, (_reach(layer, options) - w) / (layer.length - w))
 
 
 @attention_method(
@@ -60,7 +25,7 @@ def _divisor(layer: LayerGeometry, options: LeakyReropeOptions, w: int) -> float
     options=LeakyReropeOptions,
     paper="Su Jianlin, kexue.fm/archives/9708 (2023)",
     summary="exact distances within a window, k times slower ones beyond it",
-    target=_reach,
+    target=reach,
 )
 def leaky_rerope(layer: LayerGeometry, options: LeakyReropeOptions) -> Scheme:
     """The distance of (i, j) is w + (i - j - w) / k where i - j >= w. Reaches w + (L - w) k tokens.
@@ -72,8 +37,7 @@ def leaky_rerope(layer: LayerGeometry, options: LeakyReropeOptions) -> Scheme:
     Raises:
         OptionError: a window that is not below the trained length.
     """
-    w = half_window(layer, options.window, layer.length - 1)
-    k = _divisor(layer, options, w)
+    w, k = window_of(layer, options), divisor(layer, options)
     if k == 1:
         return rotated()
     return Scheme(

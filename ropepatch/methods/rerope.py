@@ -6,11 +6,8 @@ import torch
 from pydantic import Field
 
 from ropepatch.attention.scheme import Scheme, Segment, everything, own, static
-from ropepatch.errors import OptionError
 from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
-
-# How far methods aim that have a reach, where the caller does not say: in trained lengths.
-DEFAULT_FACTOR = 4.0
+from ropepatch.methods._reach import half_window
 
 
 class ReropeOptions(SchemeOptions):
@@ -21,22 +18,6 @@ class ReropeOptions(SchemeOptions):
         ge=1,
         description="w, tokens: smaller distances are exact, all others are w; by default half of the trained length",
     )
-
-
-def half_window(layer: LayerGeometry, window: int | None, longest: int) -> int:
-    """`window` in tokens, or half of the trained length where it is None.
-
-    Raises:
-        OptionError: the window is above `longest`.
-    """
-    chosen = max(1, layer.length // 2) if window is None else window
-    if chosen > longest:
-        raise OptionError(
-            f"window does not fit the trained length of {layer.length} tokens",
-            given=chosen,
-            allowed=f"1..{longest}" if longest > 0 else "nothing: the trained length is too short",
-        )
-    return chosen
 
 
 @attention_method(

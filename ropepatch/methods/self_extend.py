@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+import math
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ropepatch.attention.scheme import Scheme, Segment, everything, own, rotated, static
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method, floor_div
-from ropepatch.methods._base import MAX_FACTOR
-from ropepatch.methods.rerope import DEFAULT_FACTOR, half_window
+from ropepatch.methods._attention import LayerGeometry, attention_method, floor_div
+from ropepatch.methods._reach import ReachOptions, divisor, reach, window_of
 
 
-class SelfExtendOptions(SchemeOptions):
+class SelfExtendOptions(ReachOptions):
     """Options of `self_extend`: `group` or `factor`, not both."""
 
-    window: int | None = Field(
-        default=None,
-        ge=1,
-        description="neighbour window W, tokens: smaller distances are exact; "
-        "below the trained length, by default half of it",
+    divisor: ClassVar[str] = "group"
+
+    group: int | None = Field(
+        default=None, ge=1, description="group size G, tokens that share a position beyond the window"
     )
-    group: int | None = Field(default=None, ge=1, description="group size G, tokens that share a position beyond W")
-    factor: float | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_FACTOR,
-        description="target length / trained length; sets the smallest group that reaches it; 4 where neither is given",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default(cls, given: Any) -> Any:
-        unsaid = given.get("factor") is None and given.get("group") is None
-        return {**given, "factor": DEFAULT_FACTOR} if unsaid else given
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.group is not None and self.factor is not None:
-            raise ValueError("give group (tokens that share a position) or factor (target / trained), not both")
-        return self
-
-
-def _reach(layer: LayerGeometry, options: SelfExtendOptions) -> int:
-    if options.factor is not None:
-        return round(layer.length * options.factor)
-    w = half_window(layer, options.window, layer.length - 1)
-    return (layer.length - w) * _group(layer, options, w) + w
-
-
-def _group(layer: LayerGeometry, options: SelfExtendOptions, w: int) -> int:
-    if options.group is not None:
-        return options.group
-    # Rounded up: (L - W) G + W >= target.
-    return max(1, -((w - _reach(layer, options)) // (layer.length - w)))
 
 
 @attention_method(
@@ -61,7 +27,7 @@ def _group(layer: LayerGeometry, options: SelfExtendOptions, w: int) -> int:
     options=SelfExtendOptions,
     paper="arXiv 2401.01325",
     summary="exact distances within a window, positions in groups of G beyond it",
-    target=_reach,
+    target=reach,
 )
 def self_extend(layer: LayerGeometry, options: SelfExtendOptions) -> Scheme:
     """Where i - j >= W, the query stands at floor(i / G) + W - floor(W / G) and the key at floor(j / G).
@@ -75,8 +41,8 @@ def self_extend(layer: LayerGeometry, options: SelfExtendOptions) -> Scheme:
     Raises:
         OptionError: a window that is not below the trained length.
     """
-    w = half_window(layer, options.window, layer.length - 1)
-    g = _group(layer, options, w)
+    # Rounded up: (L - W) G + W >= target.
+    w, g = window_of(layer, options), math.ceil(divisor(layer, options))
     if g == 1:
         return rotated()
     return Scheme(

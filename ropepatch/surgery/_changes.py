@@ -91,11 +91,7 @@ class AttributeChange:
         return cls(path, name, old)
 
     def revert(self, host: nn.Module) -> None:
-        module = host.get_submodule(self.path)
-        if isinstance(self.old, str) and self.old == _MISSING:
-            delattr(module, self.name)
-        else:
-            setattr(module, self.name, self.old)
+        _put_back(host.get_submodule(self.path), self.name, self.old)
 
 
 @dataclass(frozen=True)
@@ -114,11 +110,14 @@ class ConfigChange:
         return cls(path, name, old)
 
     def revert(self, host: nn.Module) -> None:
-        config: Any = host.get_submodule(self.path).config
-        if isinstance(self.old, str) and self.old == _MISSING:
-            delattr(config, self.name)
-        else:
-            setattr(config, self.name, self.old)
+        _put_back(host.get_submodule(self.path).config, self.name, self.old)
+
+
+def _put_back(holder: Any, name: str, old: Any) -> None:
+    if isinstance(old, str) and old == _MISSING:
+        delattr(holder, name)
+    else:
+        setattr(holder, name, old)
 
 
 @dataclass(frozen=True)

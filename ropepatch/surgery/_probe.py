@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ropepatch.attention.interface import Probe, probing
+from ropepatch.attention.interface import WatchedCall, watching
 from ropepatch.attention.rotation import Layout, cos_sin, rotate
 from ropepatch.attention.scheme import Rotary
 from ropepatch.errors import RopepatchError, UnsupportedModelError
@@ -80,7 +80,7 @@ def tokens(owner: nn.Module, length: int) -> Tensor:
     return torch.tensor([[usable[(place * 7919 + len(usable) // 2) % len(usable)] for place in range(length)]])
 
 
-def record(owner: nn.Module) -> Probe:
+def record(owner: nn.Module) -> list[WatchedCall]:
     """The attention calls of one token at a position of its own.
 
     Raises:
@@ -88,7 +88,8 @@ def record(owner: nn.Module) -> Probe:
     """
     if "position_ids" not in inspect.signature(type(owner).forward).parameters:
         raise UnsupportedModelError("the model's forward takes no position_ids")
-    with probing() as probe:
+    calls: list[WatchedCall] = []
+    with watching(calls.append):
         try:
             run(owner, tokens(owner, 1), position_ids=torch.tensor([[_POSITION]]))
         except RopepatchError:
@@ -97,13 +98,17 @@ def record(owner: nn.Module) -> Probe:
             raise UnsupportedModelError(
                 f"its attention cannot be taken over ({type(error).__name__}: {error})"
             ) from error
-    if not probe.calls:
+    if not calls:
         raise UnsupportedModelError("its attention does not go through transformers' attention interface")
-    return probe
+    return calls
 
 
 def compare(
-    host: nn.Module, turned: Probe, still: Probe, sites: Sequence[str], rotaries: Sequence[Rotary]
+    host: nn.Module,
+    turned: Sequence[WatchedCall],
+    still: Sequence[WatchedCall],
+    sites: Sequence[str],
+    rotaries: Sequence[Rotary],
 ) -> list[FoundLayer]:
     """What turns each attention module.
 
@@ -117,9 +122,9 @@ def compare(
     """
     paths = {id(module): path for path, module in host.named_modules()}
     layers: dict[str, FoundLayer] = {}
-    if [call.module for call in turned.calls] != [call.module for call in still.calls]:
+    if [call.module for call in turned] != [call.module for call in still]:
         raise UnsupportedModelError("its attention is not called in the same way twice")
-    for with_turn, without in zip(turned.calls, still.calls, strict=True):
+    for with_turn, without in zip(turned, still, strict=True):
         path = paths[id(with_turn.module)]
         if not with_turn.seen.causal:
             raise UnsupportedModelError(

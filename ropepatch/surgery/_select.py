@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ropepatch.errors import OptionError, UnsupportedModelError, did_you_mean
 from ropepatch.families._site import Site
@@ -35,26 +35,41 @@ def select_sites(
             f"the {fixed[0].mechanism} positions of {model_type} cannot be changed: {fixed[0].note}"
         )
     if not usable:
+        rotary = isinstance(method, AttentionMethod) and method.becomes == "rotary"
+        if rotary and any(site.mechanism == "rotary" for site in text):
+            raise UnsupportedModelError(
+                f"{method.name!r} makes a model rotary, and this {model_type} model is rotary already",
+                hint="use 'abf' to change its rope_theta",
+            )
         raise UnsupportedModelError(
             f"{method.name!r} changes {' or '.join(method.mechanisms)} positions, and the text part of this "
             f"{model_type} model has {_what_it_has(text)}",
             hint="ropepatch.inspect(model) shows where the model carries positions",
         )
-    labels = sorted({site.layer_type for site in usable if site.layer_type})
     if layer_types is not None:
-        for name in layer_types:
-            if name not in labels:
-                raise OptionError(
-                    f"unknown layer type {name!r}",
-                    allowed=labels or "none: this model keeps one set of frequencies for all layers",
-                    hint=did_you_mean(name, labels),
-                )
+        check_layer_types(usable, layer_types)
         return [site for site in usable if site.layer_type in layer_types]
     if local_too:
         return usable
     # A local layer never sees a distance beyond its window, so stretching it only costs resolution.
     far = [site for site in usable if not any(word in (site.layer_type or "") for word in _LOCAL)]
     return far or usable
+
+
+def check_layer_types(sites: Iterable[Site], layer_types: Iterable[str]) -> None:
+    """Refuse layer types that no site has.
+
+    Raises:
+        OptionError: names the first of them.
+    """
+    labels = sorted({site.layer_type for site in sites if site.layer_type})
+    for name in layer_types:
+        if name not in labels:
+            raise OptionError(
+                f"unknown layer type {name!r}",
+                allowed=labels or "none: this model keeps one set of frequencies for all layers",
+                hint=did_you_mean(name, labels),
+            )
 
 
 def _what_it_has(text: Sequence[Site]) -> str:

@@ -1,8 +1,8 @@
 """Models with ALiBi of their own on the attention seam: their slopes rescaled, or their bias swapped for another.
 
 The forward of each attention module is replaced by one that projects, asks our attention function, and projects back:
-no bias of [heads, L, L] is made, and memory is linear in length. A rotary swap is not offered: queries and keys that
-never learned to turn would have to be trained from nothing.
+no bias of [heads, L, L] is made, and memory is linear in length. The only rotation on offer is a new one, `rope`:
+methods that remap or stretch a rotation have none to start from.
 
 Limits: what wraps `forward` of an attention module itself *after* the patch (an offloading hook put exactly there)
 goes with it on unpatching; hooks that were there before, and all hooks on its projections, stay.
@@ -10,9 +10,6 @@ goes with it on unpatching; hooks that were there before, and all hooks on its p
 
 from __future__ import annotations
 
-import functools
-import inspect
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,30 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from ropepatch.attention import interface
+from ropepatch.attention.rotation import Layout
 from ropepatch.attention.scheme import Scheme, unrotated
-from ropepatch.errors import OptionError, RopepatchError, UnsupportedModelError, VerificationError
+from ropepatch.errors import OptionError, UnsupportedModelError
 from ropepatch.families._alibi_core import CORES, AlibiCore, attention_paths
 from ropepatch.families._rotary import owner_of
 from ropepatch.families._site import Site
 from ropepatch.methods._attention import AttentionMethod, LayerGeometry, logn_scale
 from ropepatch.methods._base import FrequencyMethod, MethodOptions
 from ropepatch.methods.alibi import AlibiBias
-from ropepatch.surgery import attention
-from ropepatch.surgery._changes import AttributeChange, Change, ConfigChange, HookChange, ModuleChange, revert_all
+from ropepatch.surgery._changes import AttributeChange, Change, revert_all
+from ropepatch.surgery._choose import numbered
 from ropepatch.surgery._lengths import stated_length
-from ropepatch.surgery._probe import run, tokens
+from ropepatch.surgery._neutral import check_finite, check_neutral, outputs
 from ropepatch.surgery._seam import Seam
+from ropepatch.surgery._takeover import learn, project, refuse, select, tell_config, watch
 
 SWAPPED = "Replaces the ALiBi bias that the weights were trained with: finetune the model after this swap."
 
 # Both divide the model's own slopes by `factor`.
 _RESCALES = ("alibi", "linear")
 # What these compute does not depend on the trained length, unless log-n is asked for.
-_WITHOUT_LENGTH = (*_RESCALES, "nope", "kerple", "t5_bias", "sandwich")
+_WITHOUT_LENGTH = (*_RESCALES, "nope", "kerple", "t5_bias", "sandwich", "rope")
 # Short enough for every way of building the bias to be exact, even in bfloat16.
 _TOKENS = 3
-# Where accelerate keeps the forward that its hook calls.
-_WRAPPED = "_old_forward"
 
 
 @dataclass
@@ -96,7 +93,7 @@ class Patched:
 def takes(sites: Sequence[Site], method: FrequencyMethod | AttentionMethod) -> bool:
     """Whether the model's text part has slopes, and `method` is one that changes them."""
     sloped = any(site.kind == "slopes" and site.part == "text" for site in sites)
-    return sloped and (method.name in _RESCALES or "alibi" in method.mechanisms)
+    return sloped and "alibi" in method.mechanisms
 
 
 def apply(
@@ -111,8 +108,9 @@ def apply(
     """Put a method in force on a model with ALiBi of its own. On any failure the model is as before.
 
     `alibi` and `linear` divide the model's slopes by `factor` (arXiv 2310.13017: slope x L / L'); every other method
-    puts its own bias, or none, in the place of the model's. Slopes are float32 where the model may round its bias to
-    its own dtype; Falcon loaded with the eager attention, which adds its bias twice, follows its sdpa attention.
+    puts its own bias, a rotation, or nothing in the place of the model's. Slopes are float32 where the model may round
+    its bias to its own dtype; Falcon loaded with the eager attention, which adds its bias twice, follows its sdpa
+    attention.
 
     Args:
         layers: numbers of the attention modules to change; the others keep the model's own slopes.
@@ -125,20 +123,24 @@ def apply(
     """
     core, place, paths = _find(host)
     owner: Any = host.get_submodule(place)
-    attention._refuse(owner)
+    refuse(owner)
     slopes = core.slopes(owner)
     _refuse_parts(owner, slopes, [host.get_submodule(path) for path in paths])
     length = original_length or stated_length(owner.config)
     if length is None and (method.name not in _WITHOUT_LENGTH or getattr(options, "logn", False)):
         raise OptionError("the config does not state a trained length", hint="pass original_length=... (tokens)")
-    chosen = _choose(len(paths), layers)
+    chosen = numbered(layers if layers is not None else range(len(paths)), len(paths))
     settings = options.model_dump()
+    first = host.get_submodule(paths[0])
     changes: list[Change] = []
     try:
-        wanted = _outputs(owner, core.way) if verify else None
-        _take_over(host, place, paths, core, owner.config.model_type, changes)
+        wanted = outputs(owner, first, _TOKENS, core.way) if verify else None
+        select(host, place, changes)
+        changes.append(AttributeChange.apply(host, place, *core.quiet))
+        watch(host, place, _before_call, changes)
         described = []
         for number, path in enumerate(paths):
+            project(host, path, owner.config.model_type, changes)
             module: Any = host.get_submodule(path)
             geometry = LayerGeometry(length or 1, slopes.numel(), int(module.head_dim))
             # First with the model's own slopes and nothing else: it must be the same model.
@@ -146,21 +148,20 @@ def apply(
             changes.append(AttributeChange.apply(host, path, interface.SEAM, seam))
             described.append(_describe(path, geometry, number in chosen))
         if wanted is not None:
-            _check_neutral(owner, wanted)
+            check_neutral(owner, outputs(owner, first, _TOKENS), wanted, "slopes")
         for number in sorted(chosen):
             module = host.get_submodule(paths[number])
             seam = replace(getattr(module, interface.SEAM), method=method.name, options=settings)
-            seam.scheme  # noqa: B018 - options that do not fit are refused here
-            learned = getattr(method, "learned", None)
-            if learned is not None:
-                part = learned(seam.geometry, options).to(next(module.parameters()).device)
-                changes.append(ModuleChange.apply(host, paths[number], interface.LEARNED, part))
+            # Options that do not fit are refused here.
+            seam = replace(seam, layout=_layout(seam.scheme, seam.geometry.length))
+            if isinstance(method, AttentionMethod) and method.learned is not None:
+                learn(host, paths[number], method.learned(seam.geometry, options), changes)
             setattr(module, interface.SEAM, seam)
         target = _target(length, method, settings)
         if target is not None:
-            attention._tell_config(host, place, target, changes)
-        if verify and not bool(torch.isfinite(_outputs(owner)).all()):
-            raise VerificationError("the patched model's outputs are not finite")
+            tell_config(host, place, target, changes)
+        if verify:
+            check_finite(outputs(owner, first, _TOKENS))
     except BaseException:
         revert_all(host, changes)
         raise
@@ -191,57 +192,9 @@ def _refuse_parts(owner: Any, slopes: Tensor, modules: Sequence[Any]) -> None:
         raise UnsupportedModelError("the model's slopes cannot be read", given=type(owner).__name__)
 
 
-def _choose(count: int, layers: Sequence[int] | None) -> set[int]:
-    if layers is None:
-        return set(range(count))
-    wrong = [n for n in layers if isinstance(n, bool) or not isinstance(n, int) or not -count <= n < count]
-    if wrong or not layers:
-        raise OptionError("no such attention layers", given=wrong or layers, allowed=f"0..{count - 1}")
-    return {n % count for n in layers}
-
-
-def _take_over(
-    host: nn.Module, place: str, paths: Sequence[str], core: AlibiCore, kind: str, changes: list[Change]
-) -> None:
-    interface.register()
-    changes.append(ConfigChange.apply(host, place, "_attn_implementation_internal", interface.NAME))
-    changes.append(AttributeChange.apply(host, place, *core.quiet))
-    for path in paths:
-        module = host.get_submodule(path)
-        # Inside a hook that is there already, not around it.
-        name = _WRAPPED if _WRAPPED in vars(module) else "forward"
-        changes.append(AttributeChange.apply(host, path, name, functools.partial(_forward, kind, module)))
-    changes.append(AttributeChange.apply(host, place, interface.OWNER, interface.Owner(uuid.uuid4().hex)))
-    changes.append(HookChange.apply(host, place, _before_call, before=True))
-    changes.append(HookChange.apply(host, place, interface.after_call, before=False))
-
-
-def _forward(
-    kind: str,
-    module: Any,
-    hidden_states: Tensor,
-    *further: Tensor,
-    attention_mask: Any = None,
-    layer_past: Any = None,
-    past_key_values: Any = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """An attention module's forward; arguments as the model's blocks give them. The weights are never made."""
-    core = CORES[kind]
-    query, key, value = core.split(module, hidden_states)
-    cache = layer_past if layer_past is not None else past_key_values
-    if cache is not None:
-        key, value = cache.update(key, value, module.layer_idx)
-    out, _weights = interface.attention(
-        module, query, key, value, attention_mask, scaling=core.scaling(module), dropout=core.dropout(module)
-    )
-    return core.join(module, out.flatten(2), *further), None
-
-
 def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """`interface.before_call` for a model that takes its positions from the attention mask, whatever it is told."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = interface.arguments(module, args, kwargs)
     cache: Any = given.get("past_key_values")
     past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     config: Any = module.config
@@ -280,6 +233,12 @@ def _places(given: dict[str, Any], past: int) -> Tensor | None:
     return (real.cumsum(1) - 1).clamp(min=0)
 
 
+def _layout(scheme: Scheme, length: int) -> Layout | None:
+    """The first dimensions of a head, as many as the scheme's own frequencies turn; None where it has none."""
+    rotaries = [segment.rotary for segment in scheme.segments(0, length) if segment.rotary is not None]
+    return Layout(0, 2 * rotaries[0].inv_freq.numel()) if rotaries else None
+
+
 def _describe(path: str, geometry: LayerGeometry, changed: bool) -> dict[str, Any]:
     return {"path": path, "changed": changed, "heads": geometry.heads, "head_dim": geometry.head_dim}
 
@@ -288,32 +247,3 @@ def _target(length: int | None, method: FrequencyMethod | AttentionMethod, setti
     if length is None:
         return None
     return round(length * settings["factor"]) if method.name in _RESCALES else length
-
-
-def _outputs(owner: nn.Module, way: str | None = None) -> Tensor:
-    """Hidden states of a few tokens, float32, CPU; by the attention implementation `way` where one is given."""
-    changes: list[Change] = []
-    try:
-        if way is not None:
-            changes.append(ConfigChange.apply(owner, "", "_attn_implementation_internal", way))
-        hidden: Tensor = run(owner, tokens(owner, _TOKENS))[0]
-        return hidden.float().cpu()
-    except RopepatchError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"its text part does not run on a few tokens ({type(error).__name__}: {error})"
-        ) from error
-    finally:
-        revert_all(owner, changes)
-
-
-def _check_neutral(owner: nn.Module, wanted: Tensor) -> None:
-    apart = float((_outputs(owner) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-    tolerance = 1e-4 if next(owner.parameters()).dtype == torch.float32 else 5e-2
-    if not apart <= tolerance:
-        raise VerificationError(
-            "with its own slopes inside the attention seam this model does not give its own outputs",
-            given=f"relative difference {apart:.2g}",
-            allowed=f"up to {tolerance:g}",
-        )

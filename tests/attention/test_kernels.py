@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropepatch.attention import blocks, chunked, flex, partial, reference
 from ropepatch.attention.layer import Layer
@@ -257,6 +258,44 @@ def test_softcap() -> None:
     layer = layer_of(grouped(), softcap=2.0)
     q, k, v = inputs(2, 70, 70)
     close(blocks.attend(q, k, v, layer, plain(70, 70)), oracle(q, k, v, layer, plain(70, 70)))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, in numbers."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.size = max(self.size, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["rotated", "grouped", "curved"])
+def test_the_general_path_holds_a_few_queries_at_a_time(name: str) -> None:
+    layer, sizes = layer_of(SCHEMES[name](), softcap=2.0), []
+    for length in (300, 600):
+        with Largest() as largest:
+            blocks.attend(*inputs(1, length, length), layer, plain(length, length))
+        sizes.append(largest.size)
+    assert sizes[1] <= 2.1 * sizes[0]
+    assert sizes[1] <= HEADS * blocks.BLOCK * 600
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_of_some_queries(name: str) -> None:
+    """What they make of one-hot values is what the oracle makes of them; learned sinks take the rest."""
+    layer = layer_of(SCHEMES[name](), softcap=2.0, sinks=torch.tensor([0.5, -1.0, 3.0, 0.0]))
+    q, k, _ = inputs(1, 90, 90)
+    seen = plain(90, 90, window=70)
+    wanted = oracle(q, k, torch.eye(90).expand(1, KEY_HEADS, -1, -1), layer, seen)
+    rows = torch.tensor([0, 3, 4, 40, 41, 77, 89])
+    got = torch.zeros(1, HEADS, len(rows), 90)
+    for block, keys, weights in blocks.weights(q[:, :, rows], k, layer, seen.of_queries(rows), 3):
+        got[:, :, block.start : block.stop, keys] = weights
+    close(got, wanted[:, :, rows])
+    assert bool((got.sum(-1) < 1).all())
 
 
 def test_additive_mask() -> None:

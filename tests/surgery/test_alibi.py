@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, serial": ("falcon", {"alibi": True, "parallel_attn": False}),
 }
 FAMILIES = ["bloom", "mpt", "falcon"]
-SWAPS = ["nope", "kerple", "t5_bias", "sandwich", "fire"]
+SWAPS = ["nope", "kerple", "t5_bias", "sandwich", "fire", "rope"]
 LENGTH = 64
 
 
@@ -69,8 +69,8 @@ def slopes_of(model: Any) -> list[float]:
     return slopes
 
 
-def attended(model: Any, mixed: Tensor, factor: float) -> Tensor:
-    """Softmax attention with slopes / factor, float64, [T, H D] from one row's fused projection [T, width]."""
+def split(model: Any, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, float64, [T, H, D], from one row's fused projection [T, width]."""
     config = model.config
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     mixed, rows = mixed.double(), mixed.shape[0]
@@ -81,6 +81,13 @@ def attended(model: Any, mixed: Tensor, factor: float) -> Tensor:
         q, k, v = split[:, :-2], split[:, -2:-1].expand(-1, heads, -1), split[:, -1:].expand(-1, heads, -1)
     else:
         q, k, v = mixed.view(rows, heads, 3, size).unbind(2)
+    return q, k, v
+
+
+def attended(model: Any, mixed: Tensor, factor: float) -> Tensor:
+    """Softmax attention with slopes / factor, float64, [T, H D] from one row's fused projection [T, width]."""
+    q, k, v = split(model, mixed)
+    rows, heads, size = q.shape
     out = torch.empty(rows, heads, size, dtype=torch.float64)
     for h, slope in enumerate(slopes_of(model)):
         for i in range(rows):
@@ -88,6 +95,27 @@ def attended(model: Any, mixed: Tensor, factor: float) -> Tensor:
             scores = k[: i + 1, h] @ q[i, h] / math.sqrt(size) - slope / factor * distance
             out[i, h] = torch.softmax(scores, 0) @ v[: i + 1, h]
     return out.flatten(1)
+
+
+def turned(x: Tensor, theta: float, dims: int) -> Tensor:
+    """Dimension i and i + dims/2 as the parts of a complex number, turned by its position, [T, H, D]."""
+    half = dims // 2
+    angles = torch.outer(
+        torch.arange(x.shape[0], dtype=torch.float64),
+        torch.tensor([theta ** (-2 * i / dims) for i in range(half)], dtype=torch.float64),
+    )
+    plane = torch.complex(x[..., :half], x[..., half:dims]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((plane.real, plane.imag, x[..., dims:]), dim=-1)
+
+
+def attended_rotary(model: Any, mixed: Tensor, theta: float, dims: int) -> Tensor:
+    """Softmax attention of rotated queries and keys, float64, [T, H D] from one row's fused projection [T, width]."""
+    q, k, v = split(model, mixed)
+    q, k = turned(q, theta, dims), turned(k, theta, dims)
+    scores = torch.einsum("thd,nhd->htn", q, k) / math.sqrt(q.shape[-1])
+    hidden = torch.ones(len(q), len(q)).triu(1).bool()
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("htn,nhd->thd", weights, v).flatten(1)
 
 
 NAMES = {"bloom": ("query_key_value", "dense"), "falcon": ("query_key_value", "dense"), "mpt": ("Wqkv", "out_proj")}
@@ -238,6 +266,32 @@ def test_the_cache_rule_and_what_a_swap_computes(name: str, method: str) -> None
     assert [word for text in ropepatch.inspect(model).warnings for word in expected if word in text] == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"rope_theta": 500.0, "rotary_dim": 6}], ids=["whole heads", "partial"])
+@pytest.mark.parametrize("name", ["bloom, 6 heads", "mpt, 6 heads", "falcon, 6 heads"])
+def test_rope_rotates_queries_and_keys(name: str, options: dict[str, Any]) -> None:
+    model = build(name)
+    pairs = watch(patch(model, "rotary", **options))
+    forward_logits(model, **tiny_inputs(model, length=3 * LENGTH))
+    size = model.config.hidden_size // model.config.num_attention_heads
+    assert len(pairs) == model.config.num_hidden_layers
+    for mixed, got in pairs:
+        wanted = attended_rotary(model, mixed, options.get("rope_theta", 1e4), options.get("rotary_dim", size))
+        assert float((got.double() - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    found = ropepatch.inspect(model)
+    assert (found.mechanism, found.method, found.trained_length, found.target_length) == ("rotary", "rope", 64, 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_a_rotary_model_needs_no_rope(family: str) -> None:
+    model = tiny_model(family)
+    before = snapshot(model)
+    with pytest.raises(ropepatch.UnsupportedModelError, match=r"makes a model rotary.*abf"):
+        ropepatch.patch(model, "rope")
+    assert same(snapshot(model), before)
+    with pytest.raises(ropepatch.UnsupportedModelError, match="changes alibi positions.*learned"):
+        ropepatch.patch(tiny_model("gpt2"), "rope")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nope_knows_no_order(family: str) -> None:
     """In the first layer the last token's attention must not feel in which order the tokens before it come."""
@@ -343,7 +397,7 @@ def test_undo_copies_and_pickles(family: str, method: str) -> None:
     before, logits = snapshot(model), forward_logits(model, **inputs)
     assert ropepatch.inspect(model).mechanism == "alibi"
     patch(model, method, **({"factor": 4} if method in ("alibi", "linear") else {}))
-    swapped = {"nope": "none", "alibi": "alibi", "linear": "alibi"}.get(method, "relative_bias")
+    swapped = {"nope": "none", "alibi": "alibi", "linear": "alibi", "rope": "rotary"}.get(method, "relative_bias")
     assert ropepatch.inspect(model).mechanism == swapped
     patched = forward_logits(model, **inputs)
     assert not torch.equal(patched, logits)
@@ -409,7 +463,7 @@ def test_without_a_trained_length_only_what_needs_it_is_refused() -> None:
         with pytest.raises(ropepatch.OptionError, match="original_length"):
             ropepatch.patch(model, method, **options)
     assert same(snapshot(model), before)
-    others: list[tuple[str, dict[str, Any]]] = [("linear", {"factor": 4}), ("kerple", {})]
+    others: list[tuple[str, dict[str, Any]]] = [("linear", {"factor": 4}), ("kerple", {}), ("rope", {})]
     for method, options in others:
         with ropepatch.patched(model, method, **options):
             assert ropepatch.inspect(model).trained_length is None
@@ -426,6 +480,9 @@ def test_without_a_trained_length_only_what_needs_it_is_refused() -> None:
         ("alibi", {"layer_types": ["full_attention"]}, ropepatch.OptionError, "layer_types"),
         ("alibi", {"layers": [7]}, ropepatch.OptionError, "layers"),
         ("fire", {"threshold": 1e4}, ropepatch.OptionError, "threshold"),
+        ("rope", {"rotary_dim": 7}, ropepatch.OptionError, "even"),
+        ("rope", {"rotary_dim": 64}, ropepatch.OptionError, "rotary_dim"),
+        ("rope", {"base": "ntk"}, ropepatch.OptionError, "rotary frequencies"),
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
