@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ropepatch.errors import AlreadyScaledError as AlreadyScaledError
     from ropepatch.errors import CacheError as CacheError
     from ropepatch.errors import DependencyError as DependencyError
+    from ropepatch.errors import EndpointError as EndpointError
     from ropepatch.errors import ModelLoadError as ModelLoadError
     from ropepatch.errors import NotPatchedError as NotPatchedError
     from ropepatch.errors import OptionError as OptionError
@@ -43,10 +44,16 @@ if TYPE_CHECKING:
     from ropepatch.errors import UsageError as UsageError
     from ropepatch.errors import VerificationError as VerificationError
     from ropepatch.evaluation import EvaluationResult as EvaluationResult
+    from ropepatch.evaluation import ServedModel as ServedModel
     from ropepatch.evaluation import evaluate as evaluate
+    from ropepatch.evaluation import evaluate_matrix as evaluate_matrix
     from ropepatch.evaluation.compare import compare as compare
+    from ropepatch.exporting import Exported as Exported
+    from ropepatch.exporting import export as export
     from ropepatch.inspection import Inspection as Inspection
     from ropepatch.loading import load_model as load_model
+    from ropepatch.saving import from_pretrained as from_pretrained
+    from ropepatch.saving import save_pretrained as save_pretrained
 
 __version__ = "0.1.0"
 
@@ -56,7 +63,9 @@ _HOMES = {
     "AlreadyScaledError": "ropepatch.errors",
     "CacheError": "ropepatch.errors",
     "DependencyError": "ropepatch.errors",
+    "EndpointError": "ropepatch.errors",
     "EvaluationResult": "ropepatch.evaluation",
+    "Exported": "ropepatch.exporting",
     "Inspection": "ropepatch.inspection",
     "MethodInfo": "ropepatch.api",
     "ModelLoadError": "ropepatch.errors",
@@ -68,17 +77,22 @@ _HOMES = {
     "RecordError": "ropepatch.errors",
     "RegistryError": "ropepatch.errors",
     "RopepatchError": "ropepatch.errors",
+    "ServedModel": "ropepatch.evaluation",
     "UnknownNameError": "ropepatch.errors",
     "UnsupportedModelError": "ropepatch.errors",
     "UsageError": "ropepatch.errors",
     "VerificationError": "ropepatch.errors",
     "compare": "ropepatch.evaluation.compare",
     "evaluate": "ropepatch.evaluation",
+    "evaluate_matrix": "ropepatch.evaluation",
+    "export": "ropepatch.exporting",
+    "from_pretrained": "ropepatch.saving",
     "inspect": "ropepatch.api",
     "load_model": "ropepatch.loading",
     "patch": "ropepatch.api",
     "patched": "ropepatch.api",
     "record_of": "ropepatch.api",
+    "save_pretrained": "ropepatch.saving",
     "unpatch": "ropepatch.api",
 }
 
@@ -87,7 +101,9 @@ __all__ = [
     "AlreadyScaledError",
     "CacheError",
     "DependencyError",
+    "EndpointError",
     "EvaluationResult",
+    "Exported",
     "Inspection",
     "MethodInfo",
     "ModelLoadError",
@@ -99,6 +115,7 @@ __all__ = [
     "RecordError",
     "RegistryError",
     "RopepatchError",
+    "ServedModel",
     "UnknownNameError",
     "UnsupportedModelError",
     "UsageError",
@@ -106,12 +123,16 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_matrix",
+    "export",
+    "from_pretrained",
     "inspect",
     "load_model",
     "methods",
     "patch",
     "patched",
     "record_of",
+    "save_pretrained",
     "unpatch",
 ]
 

@@ -14,6 +14,7 @@ from ropepatch.errors import AlreadyPatchedError, NotPatchedError, OptionError
 from ropepatch.families import discover, host_of
 from ropepatch.families._native import native_scaling
 from ropepatch.families._rotary import config_of
+from ropepatch.families._site import Site
 from ropepatch.inspection import Inspection
 from ropepatch.methods._attention import AttentionMethod
 from ropepatch.methods._base import METHODS, FrequencyMethod, MethodOptions
@@ -21,9 +22,12 @@ from ropepatch.methods._info import option_table
 from ropepatch.methods._options import parse_options
 from ropepatch.record import RECORD_ATTRIBUTE, PatchRecord
 from ropepatch.surgery import alibi, attention, frequencies
+from ropepatch.surgery._carry import carry
 from ropepatch.surgery._changes import revert_all
 from ropepatch.surgery._lengths import trained_length
+from ropepatch.surgery._own_config import own_config
 from ropepatch.surgery._select import select_sites
+from ropepatch.surgery._start import starts
 from ropepatch.surgery._verify import verify as verify_effect
 from ropepatch.surgery._warnings import warnings_of
 
@@ -130,13 +134,15 @@ def patch(
             given=method,
             hint="call ropepatch.unpatch(model) first",
         )
-    if alibi.takes(discover(host), entry):
+    own_config(host)
+    sites = discover(host)
+    if alibi.takes(sites, entry):
         record = _patch_alibi(host, entry, parsed, original_length, verify, layer_types, layers, base)
-        setattr(host, RECORD_ATTRIBUTE, record)
-        return model
+        return _finish(model, host, record, original_length, layer_types, layers)
     if isinstance(entry, AttentionMethod):
         record = _patch_attention(
             host,
+            sites,
             entry,
             parsed,
             original_length=original_length,
@@ -146,11 +152,10 @@ def patch(
             layers=layers,
             base=base,
         )
-        setattr(host, RECORD_ATTRIBUTE, record)
-        return model
+        return _finish(model, host, record, original_length, layer_types, layers)
     _refuse_attention_words(entry, layers, base)
-    sites = select_sites(discover(host), entry, layer_types, host.config.model_type)
-    plans = frequencies.plan(host, sites, entry, parsed, original_length=original_length, on_scaled=on_scaled)
+    selected = select_sites(sites, entry, layer_types, host.config.model_type)
+    plans = frequencies.plan(host, selected, entry, parsed, original_length=original_length, on_scaled=on_scaled)
     changes = frequencies.apply(host, plans)
     try:
         if verify:
@@ -167,15 +172,36 @@ def patch(
             versions=compat.versions(),
             undo=changes,
         )
-        setattr(host, RECORD_ATTRIBUTE, record)
     except BaseException:
         revert_all(host, changes)
         raise
+    return _finish(model, host, record, original_length, layer_types, layers=None)
+
+
+def _finish(
+    model: Model,
+    host: Any,
+    record: PatchRecord,
+    given_length: int | None,
+    layer_types: Sequence[str] | None,
+    layers: Sequence[int] | None,
+) -> Model:
+    """Put the record of a patch that is in force on the model, and into what it saves."""
+    record.given_length = given_length
+    record.layer_types = None if layer_types is None else list(layer_types)
+    record.layers = None if layers is None else list(layers)
+    try:
+        record.undo = [*record.undo, *carry(host, record)]
+    except BaseException:
+        revert_all(host, record.undo)
+        raise
+    setattr(host, RECORD_ATTRIBUTE, record)
     return model
 
 
 def _patch_attention(
     host: Any,
+    sites: Sequence[Site],
     entry: AttentionMethod,
     options: MethodOptions,
     *,
@@ -187,8 +213,8 @@ def _patch_attention(
     base: Mapping[str, Any] | str | None,
 ) -> PatchRecord:
     # All sites: which layers a site turns, and which of them look far, the surgery sees by itself.
-    sites = select_sites(discover(host), entry, None, host.config.model_type, local_too=True)
-    started = attention.starts(host, sites, entry, base, original_length=original_length, on_scaled=on_scaled)
+    usable = select_sites(sites, entry, None, host.config.model_type, local_too=True)
+    started = starts(host, usable, entry, base, original_length=original_length, on_scaled=on_scaled)
     done = attention.apply(host, started, entry, options, layers=layers, layer_types=layer_types, verify=verify)
     return PatchRecord(
         method=entry.name,

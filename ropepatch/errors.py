@@ -18,6 +18,7 @@
     ├── RecordError                     a patch record or result file that cannot be read
     ├── ModelLoadError                  a model folder or weights file that is missing or corrupt
     ├── OutputError                     an output folder that cannot be written
+    ├── EndpointError                   an API server that cannot be reached, fails or refuses
     └── DependencyError                 a missing extra or an unsupported version
 
 Each error carries `given`, `allowed` and `hint`; `str(error)` joins what is known into one message.
@@ -149,6 +150,16 @@ class ModelLoadError(RopepatchError):
 
 class OutputError(RopepatchError):
     """An output folder that cannot be written."""
+
+
+class EndpointError(RopepatchError):
+    """An API server that cannot be reached, fails, or refuses what it is asked.
+
+    Attributes:
+        status: the HTTP status it answered with; None without an answer.
+    """
+
+    status: int | None = None
 
 
 class DependencyError(RopepatchError):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ropepatch.errors import ModelLoadError, OptionError, RopepatchError, unknown_name
+from ropepatch.errors import ModelLoadError, OptionError, RopepatchError
+from ropepatch.saving import from_pretrained, is_saved_patched, tokenizer_source
+from ropepatch.sources import model_source as model_source
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO_MODELS = ("demo:smollm2",)
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -25,6 +25,8 @@ class LoadedModel(NamedTuple):
 
 def load_model(name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> LoadedModel:
     """Load a causal language model for evaluation: in eval mode, on the accelerator if there is one, else on the CPU.
+
+    What `ropepatch.save_pretrained` saved comes back patched.
 
     Args:
         name_or_path: `demo:smollm2`, a folder with config, weights and tokenizer, or a hub id.
@@ -45,6 +47,10 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        if is_saved_patched(source):
+            model = from_pretrained(source, dtype=kind)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(source))
+            return LoadedModel(model.to(_device()).eval(), tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(source)
         # Mismatched sizes are refused below, with their names: transformers' own error only points at its log.
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -66,34 +72,6 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype
             + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         )
     return LoadedModel(model.to(_device()).eval(), tokenizer)
-
-
-def model_source(name_or_path: str | os.PathLike[str]) -> str:
-    """What transformers is to load: the folder, converted first for a demo model, or the hub id.
-
-    Raises:
-        ModelLoadError: a folder that does not exist or holds no model.
-        UnknownNameError: no such demo model.
-        DependencyError: the demo model's package is not installed.
-    """
-    name = os.fspath(name_or_path)
-    if name.startswith("demo:"):
-        if name not in DEMO_MODELS:
-            raise unknown_name("demo model", name, DEMO_MODELS)
-        from ropepatch.demo_model import demo_model_path
-
-        return str(demo_model_path())
-    path = Path(os.path.expanduser(name))
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"the folder {path} holds no model: it has no config.json")
-        return str(path)
-    if path.is_file() or not _looks_like_hub_id(name):
-        raise ModelLoadError(
-            f"the path {name!r} is not a model folder" + ("" if path.is_file() else ": there is no such folder"),
-            allowed=("a folder", "a hub id such as owner/name", *DEMO_MODELS),
-        )
-    return name
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -133,10 +111,6 @@ def _device() -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return bool(name) and name.count("/") <= 1 and name[0] not in "./~" and "\\" not in name and not name.endswith("/")
 
 
 def _first_line(error: Exception) -> str:

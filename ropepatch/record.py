@@ -29,6 +29,8 @@ class PatchRecord:
         versions: of ropepatch, transformers and torch at patch time.
         becomes: the mechanism that a swap put in its place, or None.
         base: the frequencies under a method of the attention seam, with their options; None is the model's own.
+        layer_types, layers: the selection that the caller made, or None.
+        given_length: `original_length` as the caller gave it; None where the config says it.
         warnings: what the user should know.
         undo: the changes in the order they were made; not part of the plain form.
     """
@@ -45,7 +47,25 @@ class PatchRecord:
     warnings: list[str] = field(default_factory=list)
     base: dict[str, Any] | None = None
     becomes: str | None = None
+    layer_types: list[str] | None = None
+    layers: list[int] | None = None
+    given_length: int | None = None
     undo: list[Any] = field(default_factory=list, repr=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes the same patch again, as plain data: `ropepatch.sidecar.Patch` is its schema."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "options": dict(self.options),
+            "original_length": self.given_length,
+            "target_length": self.target_length,
+            "on_scaled": self.on_scaled,
+            "layer_types": self.layer_types,
+            "layers": self.layers,
+            "base": dict(self.base) if self.base is not None else None,
+            "versions": dict(self.versions),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: everything but the undo steps."""
@@ -62,5 +82,7 @@ class PatchRecord:
             "versions": dict(self.versions),
             "becomes": self.becomes,
             "base": dict(self.base) if self.base is not None else None,
+            "layer_types": self.layer_types,
+            "layers": self.layers,
             "warnings": list(self.warnings),
         }

@@ -7,7 +7,7 @@ from typing import Any
 from ropepatch.errors import OptionError
 
 # In the order of trust. n_positions and others are also reached through transformers' attribute_map.
-_LENGTH_NAMES = (
+LENGTH_NAMES = (
     "max_position_embeddings",
     "n_positions",
     "max_sequence_length",
@@ -19,7 +19,7 @@ _LENGTH_NAMES = (
 
 def length_name(config: Any) -> str | None:
     """The attribute under which a config states its maximal length, or None."""
-    return next((name for name in _LENGTH_NAMES if isinstance(getattr(config, name, None), int)), None)
+    return next((name for name in LENGTH_NAMES if isinstance(getattr(config, name, None), int)), None)
 
 
 def stated_length(config: Any) -> int | None:

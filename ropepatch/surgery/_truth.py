@@ -75,3 +75,18 @@ def merged(parameters: dict[str, Any], label: str | None, words: dict[str, Any])
         # The attention modules of such a model scale queries by the position over this length, scaled rotary or not.
         new.setdefault("original_max_position_embeddings", old["original_max_position_embeddings"])
     return {**parameters, label: new} if isinstance(nested, dict) and label is not None else new
+
+
+def is_refused(config: Any, parameters: dict[str, Any]) -> bool:
+    """Whether the config's own class allows other scalings only (Phi-3: longrope), so that it could not be saved."""
+    from transformers import PreTrainedConfig
+
+    if type(config).validate_rope is PreTrainedConfig.validate_rope:
+        return False
+    candidate = copy.copy(config)
+    vars(candidate)["rope_parameters"] = parameters
+    try:
+        candidate.validate_rope()
+    except ValueError:
+        return True
+    return False

@@ -28,7 +28,7 @@ from ropepatch.methods._base import Frequencies, FrequencyMethod, MethodOptions,
 from ropepatch.surgery import _table
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, ConfigChange, revert_all
 from ropepatch.surgery._lengths import length_name, trained_length
-from ropepatch.surgery._truth import as_longrope, merged, spelled
+from ropepatch.surgery._truth import as_longrope, is_refused, merged, spelled
 
 ON_SCALED = ("replace", "multiply")
 
@@ -216,6 +216,10 @@ def _write_config(host: nn.Module, path: str, item: SitePlan, plans: Sequence[Si
     if parameters:
         words = spelled(item.geometry, item.result, item.site, config)
         new = merged(parameters, item.site.layer_type, words)
+        if is_refused(config, new):
+            result = item.result
+            words = as_longrope(item.geometry, result.inv_freq, result.attention_scaling, result.target_length)
+            new = merged(parameters, item.site.layer_type, words)
         if new != parameters:
             changes.append(ConfigChange.apply(host, path, "rope_parameters", new))
     name = length_name(config)

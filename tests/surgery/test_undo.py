@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,3 +223,28 @@ def test_generate_works_past_the_trained_length() -> None:
     for _ in range(12):
         step = torch.cat([step, forward_logits(model, input_ids=step)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(tokens, step)
+
+
+@pytest.mark.parametrize("method", ["yarn", "self_extend"])
+def test_models_built_from_one_config_object_stay_apart(method: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    first, second = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    first.save_pretrained(tmp_path)  # which completes the config
+    ids, before = torch.arange(60)[None], config.to_dict()
+    wanted = second(ids).logits
+    ropepatch.patch(first, method, factor=4)
+    assert config.to_dict() == before
+    assert torch.equal(second(ids).logits, wanted)
+    assert ropepatch.inspect(second).trained_length == 64
+    second.save_pretrained(tmp_path)
+    assert "ropepatch" not in (tmp_path / "config.json").read_text()
+    ropepatch.patch(second, method, factor=2)
+    ropepatch.unpatch(first)
+    ropepatch.unpatch(second)
+    assert first.config.to_dict() == second.config.to_dict() == before
+    assert torch.equal(second(ids).logits, wanted)
