@@ -51,10 +51,11 @@ def main() -> None:
 
 def queries_of(grid: str, tokenizer: Any) -> list[Any]:
     from ropepatch.evaluation.engine import Query
+    from ropepatch.evaluation.task import Grid
     from ropepatch.evaluation.tasks.passkey import PasskeyTask
 
     length, depths, trials = map(int, grid.split(":"))
-    task = PasskeyTask(tokenizer, lengths=[length], depths=np.linspace(0, 1, depths).tolist(), trials=trials)
+    task = PasskeyTask(tokenizer, Grid([length], np.linspace(0, 1, depths).tolist(), trials))
     prompts = map(task.build, task.places())
     return [Query(prompt.ids, prompt.answer, len(prompt.answer)) for prompt in prompts]
 

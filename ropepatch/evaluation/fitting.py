@@ -73,11 +73,30 @@ def fit(
             tried[units] = (encoder.encode(made.text), made)
         return len(tried[units][0])
 
+    units = fewest(measure, length, guess=guess, most=most, tokens_per_unit=tokens_per_unit)
+    surplus = measure(units) - length
+    tokens, made = tried[units]
+    spare = tokens.inside(*made.spare)
+    if not 0 <= surplus <= len(spare):
+        return None
+    keep = np.delete(np.arange(len(tokens)), spare[len(spare) - surplus :])
+    return Fitted(Tokens(tokens.ids[keep], tokens.starts[keep], tokens.ends[keep]), made, units)
+
+
+def fewest(measure: Callable[[int], int], length: int, *, guess: int, most: int, tokens_per_unit: float = 1.0) -> int:
+    """The least amount of filler that gives at least `length` tokens; `most` where none does.
+
+    Args:
+        measure: the tokens of a prompt with so many units of filler; asked several times for the same amount.
+        length, guess, most, tokens_per_unit: as for `fit`.
+    """
+    tried: set[int] = set()
     units = guess
     for _ in range(_SEARCH_STEPS):
         units = min(max(units, 0), most)
         if units in tried:
             break
+        tried.add(units)
         missing = length - measure(units)
         if not missing:
             break
@@ -89,10 +108,4 @@ def fit(
         units += 1
     while units > 0 and measure(units - 1) >= length:
         units -= 1
-    surplus = measure(units) - length
-    tokens, made = tried[units]
-    spare = tokens.inside(*made.spare)
-    if not 0 <= surplus <= len(spare):
-        return None
-    keep = np.delete(np.arange(len(tokens)), spare[len(spare) - surplus :])
-    return Fitted(Tokens(tokens.ids[keep], tokens.starts[keep], tokens.ends[keep]), made, units)
+    return units

@@ -1,16 +1,15 @@
-"""The text that a key is hidden in, with the borders at which it may be cut."""
+"""The text that something is hidden in, with the borders at which it may be cut."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
 from ropepatch.errors import PromptError
 from ropepatch.evaluation.prompt import TextEncoder
+from ropepatch.evaluation.texts import RealText
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """The repeated filler of the passkey benchmark (Landmark Attention, arXiv 2305.16300)."""
@@ -24,54 +23,41 @@ NEAR = 64
 """Tokens within which a sentence border is looked for; a text without sentences is cut at a word, then at a token."""
 
 
-@dataclass(frozen=True)
-class RealText:
-    """A user's own text.
+LONGEST_SENTENCE = 512
+"""Tokens between two sentence borders beyond which a text is held to have no sentences there."""
 
-    Attributes:
-        text: the content; of a folder, its .txt files in the order of their paths, joined by a blank line.
-        path: where it came from.
-        sha256: hex digest of the text in UTF-8.
-    """
-
-    text: str
-    path: str
-    sha256: str
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a run's configuration says of it."""
-        return {"path": self.path, "sha256": self.sha256}
+# After these, and after single letters (initials, "U.S.", "e.g."), a full stop ends no sentence.
+_ABBREVIATION = re.compile(
+    r"""(?:^|[\s(\["'“‘])(?:(?:[^\W\d_]\.)*[^\W\d_]|[Cc]f|[Ee]tc|[Vv]iz|[Vv]s|[Nn]os?|[Aa]rt|[Ss]ec|[Cc]hap|[Ff]ig|[Vv]ols?|[Pp]p|"""
+    r"""Mr|Mrs|Ms|Messrs|Dr|St|Jr|Sr|Hon|Rev|Gen|Col|Capt|Maj|Lieut|Lt|Sgt|Gov|Sen|Rep|Prof)\.\Z"""
+)
+_CLOSED = re.compile(r"""[.!?。！？]["'”’)\]」』]*\Z""")
+_BREAK = re.compile(r"\s*(?:\n\s*\n|\Z)")
+_GOES_ON = re.compile(r"\s*[a-z]")
+_LOOK_BACK = 12
+_FAR = 4000
 
 
-def read_text(path: str | Path) -> RealText:
-    """Read a text file, or every .txt file in a folder and below it.
-
-    Raises:
-        PromptError: missing, unreadable, empty, or not UTF-8 text.
-    """
-    path = Path(path)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise PromptError(f"the folder {path} holds no .txt file")
-    text = "\n\n".join(filter(None, (_read_file(file) for file in files)))
-    if not text:
-        raise PromptError(f"the text {path} is empty")
-    return RealText(text, str(path), hashlib.sha256(text.encode()).hexdigest())
+def is_sentence_end(text: str, position: int) -> bool:
+    """Whether a sentence ends at this position: with a closing mark (not as a heading does), and either the paragraph
+    ends too or the mark belongs to no abbreviation and no small letter follows."""
+    if not _CLOSED.search(text[max(0, position - _LOOK_BACK) : position]):
+        return False
+    if _BREAK.match(text, position):
+        return True
+    return not (_GOES_ON.match(text, position) or _ABBREVIATION.search(text[max(0, position - _LOOK_BACK) : position]))
 
 
-def _read_file(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"cannot read the text {path}: {error.strerror or error}") from error
-    try:
-        if b"\0" in data:
-            raise ValueError("it holds zero bytes")
-        text = data.decode("utf-8-sig")
-    except ValueError as error:
-        raise PromptError(f"{path} is not UTF-8 text: {error}") from error
-    return text.replace("\r\n", "\n").strip()
+def rotated(source: RealText, share: float) -> RealText:
+    """The same text begun elsewhere: at the first sentence (where none is near, word) after `share` of its characters;
+    what lies before comes at the end, behind a blank line."""
+    at = int(share * len(source.text))
+    near = source.text[at : at + _FAR]
+    ends = (at + match.end() for match in _SENTENCE_END.finditer(near))
+    words = (at + match.end() for match in _WORD_END.finditer(near))
+    start = next((end for end in ends if is_sentence_end(source.text, end)), None) or next(words, 0)
+    begun = source.text[start:].lstrip()
+    return replace(source, text=f"{begun}\n\n{source.text[:start].rstrip()}" if begun else source.text)
 
 
 class Haystack:
@@ -90,25 +76,25 @@ class Haystack:
     """
 
     def __init__(self, encoder: TextEncoder, tokens: int, source: RealText | None = None) -> None:
-        self.source = source
-        self.text, self._ends = self._long_enough(encoder, tokens)
+        self.text, self._ends = self._long_enough(encoder, tokens, source)
         self._sentences = np.asarray([m.end() for m in _SENTENCE_END.finditer(self.text)], dtype=np.int64)
+        self._whole = np.asarray([end for end in self._sentences if is_sentence_end(self.text, end)], dtype=np.int64)
         self._words = np.asarray([m.end() for m in _WORD_END.finditer(self.text)], dtype=np.int64)
 
-    def _long_enough(self, encoder: TextEncoder, tokens: int) -> tuple[str, np.ndarray]:
+    def _long_enough(self, encoder: TextEncoder, tokens: int, source: RealText | None) -> tuple[str, np.ndarray]:
         characters = 6 * tokens + 200
         while True:
-            if self.source is None:
+            if source is None:
                 text = " ".join([FILLER] * (characters // len(FILLER) + 1))
             else:
-                text = self.source.text[:characters]
+                text = source.text[:characters]
             encoded = encoder.encode(text)
             ends = encoded.ends[encoded.ends > encoded.starts]
             if len(ends) >= tokens:
                 return text, ends
-            if self.source is not None and characters >= len(self.source.text):
+            if source is not None and characters >= len(source.text):
                 raise PromptError(
-                    f"the text {self.source.path} is too short: it has {len(ends)} tokens, "
+                    f"the text {source.path} is too short: it has {len(ends)} tokens, "
                     f"and the longest prompt needs up to {tokens}",
                     hint="give more text or shorter lengths",
                 )
@@ -130,6 +116,18 @@ class Haystack:
             if tokens - self.tokens_before(position) <= NEAR:
                 return position
         return limit
+
+    def sentence_end(self, tokens: int) -> int:
+        """As `cut`, but the sentence may end far before, and neither an abbreviation nor a full stop before a small
+        letter ends one. Only where there are no sentences (none of at most `LONGEST_SENTENCE` tokens) as `cut`."""
+        if tokens <= 0:
+            return 0
+        index = int(np.searchsorted(self._whole, self.token_end(tokens), side="right"))
+        last = int(self._whole[index - 1]) if index else 0
+        following = int(self._whole[index]) if index < len(self._whole) else len(self.text)
+        if self.tokens_before(following) - self.tokens_before(last) <= LONGEST_SENTENCE:
+            return last
+        return self.cut(tokens)
 
     def token_end(self, tokens: int) -> int:
         """The character position after the first `tokens` tokens."""

@@ -91,17 +91,46 @@ class TextEncoder:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def turn(self, user: str, reply: str) -> str:
+    def answer(self, prompt: str, answer: str) -> Ids:
+        """The ids of `answer` as they follow `prompt` and a space: what both together have beyond the prompt.
+
+        Raises:
+            PromptError: the tokens of the prompt change when the answer follows.
+        """
+        before = self.encode(prompt).ids
+        whole = self.encode(f"{prompt} {answer}").ids
+        if not np.array_equal(whole[: len(before)], before) or len(whole) == len(before):
+            raise PromptError(
+                "the tokenizer fuses the end of the question with the answer, so they cannot be told apart",
+                given=f"{prompt[-20:]} {answer}",
+            )
+        return whole[len(before) :]
+
+    def check_known(self, text: str, tokens: Tokens, start: int, end: int) -> None:
+        """Refuse a piece of `text`, characters start..end, that has tokens for unknown characters.
+
+        Raises:
+            PromptError: names the first one.
+        """
+        first, last = tokens.span(start, end)
+        unknown = np.flatnonzero(tokens.ids[first:last] == getattr(self.tokenizer, "unk_token_id", None))
+        if unknown.size:
+            at = first + int(unknown[0])
+            piece = text[tokens.starts[at] : tokens.ends[at]]
+            context = text[max(start, int(tokens.starts[at]) - 20) : int(tokens.ends[at]) + 20]
+            raise PromptError(f"the tokenizer cannot represent {piece!r} of the prompt", given=context)
+
+    def turn(self, user: str, reply: str, *, joint: str = " ") -> str:
         """The text that asks `user` and leaves off after the first words of the answer, `reply`.
 
-        Without a chat template: `user`, a space, `reply`. With one: the template around `user`, then `reply` as the
+        Without a chat template: `user`, `joint`, `reply`. With one: the template around `user`, then `reply` as the
         beginning of the assistant's turn.
 
         Raises:
             PromptError: the template fails, or does not carry the text unchanged.
         """
         if not self.chat_template:
-            return f"{user} {reply}"
+            return f"{user}{joint}{reply}"
         try:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True

@@ -16,9 +16,10 @@ from ropepatch.registry import Registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
     from ropepatch.evaluation.sharding import Ranks
-    from ropepatch.evaluation.task import Place, Retrieval
+    from ropepatch.evaluation.task import Grid, Place, Retrieval
 
 Row = dict[str, Any]
 Depth = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -93,6 +94,11 @@ class Suite(BaseModel):
         return {"heatmap.png": heatmap(summary)}
 
     @classmethod
+    def table(cls, summary: Mapping[str, Any]) -> Table | None:  # noqa: ARG003
+        """What the command line shows of a finished run; None: accuracy by length."""
+        return None
+
+    @classmethod
     def sections(
         cls, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]
     ) -> list[str]:
@@ -132,6 +138,23 @@ class RetrievalSuite(Suite):
         from ropepatch.evaluation.retrieval import RetrievalJob
 
         return RetrievalJob(model, self.retrieval(tokenizer), seed=self.seed, chunk_size=chunk_size)
+
+
+class GridSuite(RetrievalSuite):
+    """Settings of a suite whose every trial is one (length, depth, trial).
+
+    Attributes:
+        depths: places of what is looked for, 0 (first) to 1 (last).
+    """
+
+    depths: Annotated[tuple[Depth, ...], Field(min_length=1)]
+
+    @property
+    def grid(self) -> Grid:
+        """Its lengths, depths and trials."""
+        from ropepatch.evaluation.task import Grid
+
+        return Grid(self.lengths, self.depths, self.trials)
 
 
 def shipped_suites() -> dict[str, Any]:

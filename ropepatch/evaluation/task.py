@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from ropepatch.errors import PromptError
 from ropepatch.evaluation.prompt import Ids, TextEncoder
 
 
@@ -98,3 +100,40 @@ class Retrieval(ABC):
     @abstractmethod
     def grade(self, prompt: Prompt, text: str) -> Grade:
         """Judge the generated text."""
+
+
+class Grid(NamedTuple):
+    """Lengths in tokens, depths, and how many trials each cell has."""
+
+    lengths: Sequence[int]
+    depths: Sequence[float] = (0.5,)
+    trials: int = 1
+
+
+class GridTask(Retrieval):
+    """One task over lengths, depths and trials.
+
+    Attributes:
+        name: of the task.
+        grid: what is asked.
+        seed: of everything that is drawn.
+    """
+
+    name: ClassVar[str]
+    grid: Grid
+    seed: int
+
+    def places(self) -> list[Place]:
+        lengths, depths, trials = self.grid
+        return [Place(self.name, n, depth, trial) for n in lengths for depth in depths for trial in range(trials)]
+
+    @staticmethod
+    def depth_of(place: Place) -> float:
+        """The depth of a place.
+
+        Raises:
+            PromptError: it has none, or one that is not within 0..1.
+        """
+        if place.depth is None or not (math.isfinite(place.depth) and 0 <= place.depth <= 1):
+            raise PromptError("depth out of range", given=place.depth, allowed="0 to 1")
+        return place.depth

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from small import TOKENIZERS, tokenizer
 
 from ropepatch.errors import OptionError, PromptError
-from ropepatch.evaluation.haystack import FILLER, RealText, read_text
-from ropepatch.evaluation.task import Place, Prompt
+from ropepatch.evaluation.haystack import FILLER
+from ropepatch.evaluation.task import Grid, Place, Prompt
 from ropepatch.evaluation.tasks.passkey import INSTRUCTION, QUESTION, REPLY, PasskeyTask, draw_key
+from ropepatch.evaluation.texts import RealText, read_text
 from ropepatch.evaluation.trie import common_prefix
 
 # The benchmark's text, written out once more: the test must not take it from the code.
@@ -42,7 +43,7 @@ def _decoded(name: str, prompt: Prompt) -> str:
 @settings(max_examples=100)
 def test_prompt_is_exact_and_whole(name: str, length: int, depth: float, trial: int, digits: int) -> None:
     try:
-        task = PasskeyTask(tokenizer(name), lengths=[length], digits=digits)
+        task = PasskeyTask(tokenizer(name), grid=Grid([length]), digits=digits)
     except PromptError as error:
         assume("too short" not in str(error))
         raise
@@ -76,7 +77,7 @@ def test_prompt_is_exact_and_whole(name: str, length: int, depth: float, trial: 
 @settings(max_examples=30)
 def test_ids_are_the_tokenizers_own(name: str, length: int, depth: float) -> None:
     """Where a text of the exact length exists, as it does here, the ids are that text's and nothing else's."""
-    prompt = PasskeyTask(tokenizer(name), lengths=[400]).build(Place("passkey", length, depth, 0))
+    prompt = PasskeyTask(tokenizer(name), grid=Grid([400])).build(Place("passkey", length, depth, 0))
     text = _decoded(name, prompt)
     assert tokenizer(name)(text)["input_ids"] == prompt.ids.tolist()
     assert tokenizer(name)(f"{text} {prompt.expected}")["input_ids"] == [*prompt.ids.tolist(), *prompt.answer.tolist()]
@@ -92,7 +93,7 @@ def test_ids_are_the_tokenizers_own(name: str, length: int, depth: float) -> Non
 def test_fused_newlines_need_ids_to_be_taken_out() -> None:
     """At some lengths this tokenizer has no text of that length; prompts are exact all the same."""
     name = "fused_newlines"
-    task = PasskeyTask(tokenizer(name), lengths=[400])
+    task = PasskeyTask(tokenizer(name), grid=Grid([400]))
     inexact = 0
     for length in range(200, 260):
         prompt = task.build(Place("passkey", length, 0.5, 0))
@@ -107,7 +108,7 @@ def test_wording_is_the_benchmarks() -> None:
 
 
 def test_depth_moves_the_key() -> None:
-    task = PasskeyTask(tokenizer("byte_level"), lengths=[2000])
+    task = PasskeyTask(tokenizer("byte_level"), grid=Grid([2000]))
     starts = [task.build(Place("passkey", 2000, depth, 0)).details["key_start"] for depth in (0, 0.25, 0.5, 0.75, 1)]
     first, last = starts[0], starts[-1]
     for depth, start in zip((0.25, 0.5, 0.75), starts[1:4], strict=True):
@@ -117,7 +118,7 @@ def test_depth_moves_the_key() -> None:
 
 
 def test_prefixes_are_shared_across_depths_trials_and_lengths() -> None:
-    task = PasskeyTask(tokenizer("byte_level"), lengths=[1000])
+    task = PasskeyTask(tokenizer("byte_level"), grid=Grid([1000]))
     shallow, deep, other, longer = (
         task.build(Place("passkey", *place)) for place in ((800, 0.5, 0), (800, 1.0, 0), (800, 0.5, 1), (1000, 0.5, 0))
     )
@@ -142,7 +143,7 @@ def test_keys_are_reproducible_and_spread() -> None:
 
 def test_chat_template_is_counted() -> None:
     name = "byte_level_bos"
-    task = PasskeyTask(tokenizer(name), lengths=[500], chat_template=True)
+    task = PasskeyTask(tokenizer(name), grid=Grid([500]), chat_template=True)
     prompt = task.build(Place("passkey", 500, 0.5, 0))
     assert len(prompt.ids) == 500
     text = tokenizer(name).decode(prompt.ids.tolist())
@@ -164,7 +165,7 @@ def test_real_text_is_the_haystack(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(words)
     source = read_text(tmp_path)
     assert source.text == f"{words}\n\nSecond file."
-    prompt = PasskeyTask(tokenizer("byte_level"), lengths=[900], text=source).build(Place("passkey", 900, 0.5, 0))
+    prompt = PasskeyTask(tokenizer("byte_level"), grid=Grid([900]), text=source).build(Place("passkey", 900, 0.5, 0))
     assert len(prompt.ids) == 900
     text = _decoded("byte_level", prompt)
     before, behind = text.split(LINES[1].format(k=prompt.expected))
@@ -175,7 +176,7 @@ def test_real_text_is_the_haystack(tmp_path: Path) -> None:
 
 def test_text_without_sentences_is_cut_at_words() -> None:
     source = RealText(" ".join(f"word{i}" for i in range(1500)), "x", "")
-    task = PasskeyTask(tokenizer("byte_level"), lengths=[1500], text=source)
+    task = PasskeyTask(tokenizer("byte_level"), grid=Grid([1500]), text=source)
     prompt = task.build(Place("passkey", 1500, 0.5, 0))
     assert prompt.details["key_start"] == pytest.approx(750, abs=60)
     before = _decoded("byte_level", prompt).split("\nThe pass key is")[0]
@@ -185,11 +186,11 @@ def test_text_without_sentences_is_cut_at_words() -> None:
 @pytest.mark.parametrize("depth", [-0.01, 1.01, float("nan"), float("inf")])
 def test_depth_out_of_range(depth: float) -> None:
     with pytest.raises(PromptError, match="Depth"):
-        PasskeyTask(tokenizer("byte_level"), lengths=[500]).build(Place("passkey", 500, depth, 0))
+        PasskeyTask(tokenizer("byte_level"), grid=Grid([500])).build(Place("passkey", 500, depth, 0))
 
 
 def test_too_short_names_the_minimum() -> None:
-    task = PasskeyTask(tokenizer("byte_level"), lengths=[500])
+    task = PasskeyTask(tokenizer("byte_level"), grid=Grid([500]))
     with pytest.raises(PromptError, match="at least (\\d+)") as caught:
         task.build(Place("passkey", 20, 0.5, 0))
     minimum = int(str(caught.value.allowed).split()[-1])
@@ -200,17 +201,17 @@ def test_too_short_names_the_minimum() -> None:
 
 def test_tokenizer_without_digits() -> None:
     with pytest.raises(PromptError, match="digits"):
-        PasskeyTask(tokenizer("letters_only"), lengths=[300]).build(Place("passkey", 300, 0.5, 0))
+        PasskeyTask(tokenizer("letters_only"), grid=Grid([300])).build(Place("passkey", 300, 0.5, 0))
 
 
 def test_no_chat_template() -> None:
     with pytest.raises(PromptError, match="no chat template"):
-        PasskeyTask(tokenizer("word_piece"), lengths=[300], chat_template=True)
+        PasskeyTask(tokenizer("word_piece"), grid=Grid([300]), chat_template=True)
 
 
 def test_digits_out_of_range() -> None:
     with pytest.raises(OptionError, match="Digits"):
-        PasskeyTask(tokenizer("byte_level"), lengths=[300], digits=0)
+        PasskeyTask(tokenizer("byte_level"), grid=Grid([300]), digits=0)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +239,9 @@ def test_folder_without_text(tmp_path: Path) -> None:
 
 def test_text_that_is_too_short() -> None:
     with pytest.raises(PromptError, match="too short: it has"):
-        PasskeyTask(tokenizer("byte_level"), lengths=[500], text=RealText("Only a few words.", "few.txt", ""))
+        PasskeyTask(tokenizer("byte_level"), grid=Grid([500]), text=RealText("Only a few words.", "few.txt", ""))
 
 
 def test_ids_are_int32() -> None:
-    prompt = PasskeyTask(tokenizer("byte_level"), lengths=[300]).build(Place("passkey", 300, 0.5, 0))
+    prompt = PasskeyTask(tokenizer("byte_level"), grid=Grid([300])).build(Place("passkey", 300, 0.5, 0))
     assert prompt.ids.dtype == np.int32

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from ropepatch.errors import OptionError, PromptError
 from ropepatch.evaluation.fitting import Draft, Fitted, fit
-from ropepatch.evaluation.haystack import Haystack, RealText, read_text
+from ropepatch.evaluation.haystack import Haystack
 from ropepatch.evaluation.prompt import Ids, TextEncoder
-from ropepatch.evaluation.suite import Depth, RetrievalSuite, register
-from ropepatch.evaluation.task import Grade, Place, Prompt, Retrieval
+from ropepatch.evaluation.suite import GridSuite, register
+from ropepatch.evaluation.task import Grade, Grid, GridTask, Place, Prompt
+from ropepatch.evaluation.texts import RealText, read_text
 
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. "
@@ -38,7 +37,7 @@ _SPARE_TOKENS = 3
 
 
 @register
-class PasskeySuite(RetrievalSuite):
+class PasskeySuite(GridSuite):
     """Settings of a passkey grid. Every trial is one (length, depth, trial).
 
     Attributes:
@@ -50,20 +49,17 @@ class PasskeySuite(RetrievalSuite):
     name = "passkey"
 
     task: Literal["passkey"] = "passkey"
-    depths: Annotated[tuple[Depth, ...], Field(min_length=1)]
     digits: Annotated[int, Field(ge=1, le=MAX_DIGITS)] = 5
     text: str | None = None
 
     def retrieval(self, tokenizer: Any) -> PasskeyTask:
         return PasskeyTask(
             tokenizer,
-            lengths=self.lengths,
-            depths=self.depths,
-            trials=self.trials,
+            grid=self.grid,
             seed=self.seed,
             digits=self.digits,
             chat_template=self.chat_template,
-            text=None if self.text is None else read_text(self.text),
+            text=None if self.text is None else read_text(self.text, tokens=max(self.lengths)),
         )
 
 
@@ -76,12 +72,12 @@ def draw_key(seed: int, depth: float, trial: int, digits: int) -> str:
     return str(low + int.from_bytes(digest, "big") % (high - low))
 
 
-class PasskeyTask(Retrieval):
+class PasskeyTask(GridTask):
     """Builds passkey prompts for one tokenizer.
 
     Args:
         tokenizer: the model's own, fast Hugging Face tokenizer.
-        lengths, depths, trials: the grid; prompts beyond its longest length cannot be built.
+        grid: lengths, depths and trials; prompts beyond its longest length cannot be built.
         seed: of the keys.
         digits: of each key.
         chat_template: put the prompt into the tokenizer's chat template, the question's last words ("The pass key
@@ -97,10 +93,8 @@ class PasskeyTask(Retrieval):
     def __init__(
         self,
         tokenizer: Any,
+        grid: Grid,
         *,
-        lengths: Sequence[int],
-        depths: Sequence[float] = (0.5,),
-        trials: int = 1,
         seed: int = 0,
         digits: int = 5,
         chat_template: bool = False,
@@ -112,14 +106,10 @@ class PasskeyTask(Retrieval):
         self.seed = seed
         self.digits = digits
         self.text = text
-        self._grid = lengths, depths, trials
-        self._check_length(max(lengths), draw_key(seed, 0.0, 0, digits))
-        self.haystack = Haystack(self.encoder, max(lengths), text)
+        self.grid = grid
+        self._check_length(max(grid.lengths), draw_key(seed, 0.0, 0, digits))
+        self.haystack = Haystack(self.encoder, max(grid.lengths), text)
         self._last_cut: dict[tuple[int, float], int] = {}
-
-    def places(self) -> list[Place]:
-        lengths, depths, trials = self._grid
-        return [Place(self.name, n, depth, trial) for n in lengths for depth in depths for trial in range(trials)]
 
     def inputs(self) -> dict[str, Any]:
         return {"text": None if self.text is None else self.text.identity}
@@ -132,9 +122,7 @@ class PasskeyTask(Retrieval):
             PromptError: `length` is too short (the message names the minimum), `depth` is not within 0..1, or the
                 tokenizer cannot represent digits.
         """
-        length, depth, trial = place.length, place.depth, place.trial
-        if depth is None or not (math.isfinite(depth) and 0 <= depth <= 1):
-            raise PromptError("depth out of range", given=depth, allowed="0 to 1")
+        length, depth, trial = place.length, self.depth_of(place), place.trial
         key = draw_key(self.seed, depth, trial, self.digits)
         room = length - self._check_length(length, key)
         cut = self.haystack.cut(math.floor(depth * room + 0.5))
@@ -190,12 +178,8 @@ class PasskeyTask(Retrieval):
         return fitted
 
     def _answer(self, draft: Draft, key: str) -> Ids:
-        """The key's ids as they follow the prompt: what prompt and key together have beyond the prompt."""
-        prompt = self.encoder.encode(draft.text).ids
-        whole = self.encoder.encode(f"{draft.text} {key}").ids
-        answer = whole[len(prompt) :]
-        if not np.array_equal(whole[: len(prompt)], prompt) or not len(answer):
-            raise PromptError("the tokenizer fuses the end of the question with the key, so they cannot be told apart")
+        """The key's ids as they follow the prompt."""
+        answer = self.encoder.answer(draft.text, key)
         if self.encoder.decode(answer).strip() != key:
             raise PromptError(
                 "the tokenizer cannot represent the digits of the key", given=key, allowed="a tokenizer with digits"
