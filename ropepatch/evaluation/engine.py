@@ -29,7 +29,7 @@ from ropepatch.evaluation.trie import Visit, trie_size, walk
 DEFAULT_CHUNK = 4096
 _PROBE = 48
 # What models raise when a text is handed to them in pieces and they do not support it.
-_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +171,10 @@ class Engine:
                 except NoReuseError as error:
                     self.reason = str(error)
                     break
-                except _REFUSALS as error:
+                except REFUSALS as error:
                     self.reason = f"it cannot be read in pieces: {type(error).__name__}: {error}"
                     continue
-                if _agree(found, wanted[-len(found) :], self.model):
+                if agree(found, wanted[-len(found) :], self.model):
                     reader.reset()
                     reader.on_tokens = self._count
                     self._reader, self.reuse, self.reason = reader, True, None
@@ -314,7 +314,7 @@ def _read_in_pieces(reader: Reader, ids: Ids) -> torch.Tensor:
     return reader.extend(ids[n // 2 :], keep=n - n // 2).float()
 
 
-def _agree(found: torch.Tensor, wanted: torch.Tensor, model: nn.Module) -> bool:
+def agree(found: torch.Tensor, wanted: torch.Tensor, model: nn.Module) -> bool:
     """Whether two sets of logits differ by rounding only: relative to how much the logits vary."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1

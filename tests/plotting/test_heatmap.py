@@ -79,6 +79,43 @@ def test_several_runs_share_axes_and_missing_cells_stay_empty() -> None:
     assert np.ma.getmaskarray(np.ma.masked_invalid(panels[1].images[0].get_array())).sum() == 10
 
 
+def test_many_runs_wrap_into_rows() -> None:
+    runs = [{**FIRST, "title": f"run {k}"} for k in range(24)]
+    figure = heatmap(runs)
+    panels = figure.axes[:24]
+    assert [panel.get_title() for panel in panels] == [f"run {k}" for k in range(24)]
+    figure.draw_without_rendering()
+    places = [panel.get_position() for panel in panels]
+    columns = len({round(place.x0, 3) for place in places})
+    assert 3 <= columns <= 8
+    assert len({round(place.y0, 3) for place in places}) == -(-24 // columns)
+    width, height = figure.get_size_inches()
+    assert width < 17
+    # A cell's number fits into it: a cell is at least as large as in a figure of one run.
+    assert min(place.width * width for place in places) > 1.5
+    assert min(place.height * height for place in places) > 0.6
+    labelled = [any(label.get_text() for label in panel.get_xticklabels()) for panel in panels]
+    assert labelled == [k + columns >= 24 for k in range(24)]
+
+
+def test_a_last_row_that_is_not_full_leaves_nothing_behind() -> None:
+    figure = heatmap([FIRST] * 7)
+    assert len(figure.axes) == 7 + 1
+    assert all(panel.images for panel in figure.axes[:7])
+
+
+def test_tasks_without_a_depth_are_rows() -> None:
+    cells = [
+        {"task": task, "length": length, "depth": None, "accuracy": accuracy}
+        for task, accuracy in (("vt", 0.25), ("niah_single_1", 0.75))
+        for length in (32, 64)
+    ]
+    panel = heatmap({"title": "run", "trained_length": None, "cells": cells}).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["vt", "niah_single_1"]
+    assert panel.get_ylabel() == "task"
+    np.testing.assert_allclose(panel.images[0].get_array(), [[0.25, 0.25], [0.75, 0.75]])
+
+
 @pytest.mark.parametrize(("trained", "edge"), [(64, 1.5), (63, 0.5), (80, 1.5), (1000, 2.5), (8, -0.5)])
 def test_the_trained_length_is_marked_between_columns(trained: int, edge: float) -> None:
     figure = heatmap({**FIRST, "trained_length": trained})
