@@ -1,7 +1,7 @@
-"""Recipes and evaluation suites: found by path, else by name, from the installed wheel and a checkout alike.
+"""Recipes, evaluation suites and matrices: found by path, else by name, from the installed wheel and a checkout alike.
 
-The wheel carries them beside this file (`recipes/`, `eval/`); in a checkout they lie at its root (`recipes/`,
-`eval/suites/`), which is where an editable install finds them.
+The wheel carries them beside this file (`recipes/`, `eval/`, `matrices/`); in a checkout they lie at its root
+(`recipes/`, `eval/suites/`, `eval/matrices/`), which is where an editable install finds them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Literal
 
 from ropepatch.errors import UsageError, unknown_name
 
-Kind = Literal["recipes", "eval"]
+Kind = Literal["recipes", "eval", "matrices"]
 
 _SUFFIXES = (".yaml", ".yml")
-_SINGULAR: dict[Kind, str] = {"recipes": "recipe", "eval": "evaluation suite"}
-_IN_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "eval": "eval/suites"}
+_SINGULAR: dict[Kind, str] = {"recipes": "recipe", "eval": "evaluation suite", "matrices": "matrix"}
+_IN_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "eval": "eval/suites", "matrices": "eval/matrices"}
 
 
 def data_names(kind: Kind) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def find_data(kind: Kind, name: str) -> Path:
     """The YAML file that `name` means.
 
     Args:
-        kind: "recipes" or "eval".
+        kind: "recipes", "eval" or "matrices".
         name: an explicit path (it has a folder separator or ends in .yaml or .yml and exists), or a name of
             `data_names(kind)`, with or without its suffix.
 

@@ -1,8 +1,9 @@
 """The `ropepatch` command: a group that imports a verb's module only when that verb runs.
 
-Convention: the verb `name` lives in `ropepatch/cli/<name>.py` as one plain function `main` with typer annotations;
-its docstring is the verb's help. `VERBS` holds the one-line helps, so `ropepatch --help` imports no verb at all.
-Verbs raise `RopepatchError`; the group's error boundary turns it into one line and an exit status.
+Convention: the verb `name` lives in `ropepatch/cli/<name>.py` (a dash there is an underscore) as one plain function
+`main` with typer annotations; its docstring is the verb's help. `VERBS` holds the one-line helps, so `ropepatch --help`
+imports no verb at all. Verbs raise `RopepatchError`; the group's error boundary turns it into one line and an exit
+status.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ VERBS = {
     "inspect": "Show where a model keeps positions, and what a patch would change.",
     "methods": "List the methods, or show one with its options.",
     "eval": "Run an evaluation and write its results to a folder.",
+    "lm-eval": "Run tasks of lm-evaluation-harness on a model, patched or not.",
     "compare": "Show evaluation runs side by side, with intervals.",
+    "export": "Write a patched model as a plain checkpoint.",
     "plot": "Draw a figure from evaluation runs.",
     "demo": "Patch and measure a real pretrained model, offline.",
 }
+
+
+# Options that take several values up to the next option, which click cannot say.
+SPREAD = {"eval": "--text"}
 
 
 class LazyGroup(typer.core.TyperGroup):
@@ -44,6 +51,8 @@ class LazyGroup(typer.core.TyperGroup):
         if args[0] not in VERBS and not args[0].startswith("-"):
             raise unknown_name("command", args[0], VERBS)
         name, stub, rest = super().resolve_command(ctx, args)
+        if name in SPREAD:
+            rest = spread(rest, SPREAD[name])
         return name, stub if name is None else load_verb(name), rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -51,9 +60,27 @@ class LazyGroup(typer.core.TyperGroup):
             return super().invoke(ctx)
 
 
+def spread(arguments: list[str], option: str) -> list[str]:
+    """`x --text a b` as `x --text a --text b`.
+
+    Only behind the verb's own argument: in `--text a x` the x may be that argument, so it is left alone.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    result: list[str] = []
+    taking = False
+    for index, argument in enumerate(arguments):
+        if argument.startswith("-"):
+            taking = argument == option
+        elif taking and arguments[index - 1] != option:
+            result.append(option)
+        result.append(argument)
+    return result
+
+
 def load_verb(name: str) -> Any:
     """Import the verb's module and make its `main` a command called `name`."""
-    module = importlib.import_module(f"ropepatch.cli.{name}")
+    module = importlib.import_module(f"ropepatch.cli.{name.replace('-', '_')}")
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(module.main)
     return typer.main.get_command(single)

@@ -6,12 +6,18 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ropepatch.evaluation.chunked_attention import chunked_attention
 from ropepatch.evaluation.engine import DEFAULT_CHUNK, Engine, Outcome, Query, end_tokens
+from ropepatch.evaluation.estimate import WORTH_SAYING, Pace, announcement, measure_pace
 from ropepatch.evaluation.limits import check_length
-from ropepatch.evaluation.progress import progress_bar, quadratic_cost
-from ropepatch.evaluation.trie import Visit, shares, token_cost, walk
+from ropepatch.evaluation.plain import full_logits
+from ropepatch.evaluation.progress import progress_bar, quadratic_cost, say
+from ropepatch.evaluation.trie import Visit, shares, token_cost, trie_size, walk
 
 if TYPE_CHECKING:
+    from ropepatch.evaluation.prompt import Ids
     from ropepatch.evaluation.sharding import Ranks
     from ropepatch.evaluation.task import Place, Prompt, Retrieval
 
@@ -32,6 +38,9 @@ class RetrievalJob:
         self.retrieval = retrieval
         self.seed = seed
         self.engine = Engine(model, DEFAULT_CHUNK if chunk_size is None else chunk_size)
+        self.quadratic = quadratic_cost(model)
+        self._pace: Pace | None = None
+        self._built: dict[Place, Prompt] = {}
 
     def places(self) -> list[Place]:
         return self.retrieval.places()
@@ -50,31 +59,110 @@ class RetrievalJob:
         check_length(self.engine.model, max(place.length for place in places) + answer - 1)
 
     def rows(self, left: Sequence[Place], ranks: Ranks, *, progress: bool) -> Generator[Row, None, None]:
-        prompts = [self.retrieval.build(place) for place in left]
+        prompts = [self._prompt(place) for place in left]
         if not prompts:
             return
-        quadratic = quadratic_cost(self.engine.model)
         with self.engine as engine:
-            prompts = self._share(prompts, ranks, quadratic)
+            prompts = self._share(prompts, ranks)
             if not prompts:
                 return
             queries = [self._query(prompt) for prompt in prompts]
             visits = engine.prepare(queries)
-            with progress_bar(engine, self._total(visits, quadratic), quadratic, progress):
-                for outcome in engine.run(queries, visits=visits, end_tokens=end_tokens(engine.model)):
-                    yield self._row(prompts[outcome.index], outcome)
+            if progress:
+                self._announce(prompts, visits)
+            answered: set[int] = set()
+            try:
+                with progress_bar(engine, self._total(visits), self.quadratic, progress):
+                    for outcome in engine.run(queries, visits=visits, end_tokens=end_tokens(engine.model)):
+                        answered.add(outcome.index)
+                        yield self._row(prompts[outcome.index], outcome)
+            finally:
+                self._uncount(visits, answered)
 
     def work(self) -> dict[str, Any]:
         return {**asdict(self.engine.work), "reuse": self.engine.reuse, "reuse_refused": self.engine.reason}
 
-    def _share(self, prompts: list[Prompt], ranks: Ranks, quadratic: float) -> list[Prompt]:
+    def start_plan(self) -> bool:
+        """Learn what `costs` needs to know of the model: whether it shares prefixes, and its pace.
+
+        Returns:
+            Whether costs are in seconds: they are.
+        """
+        prompt = self._prompt(max(self.places(), key=lambda place: place.length))
+        with self.engine as engine:
+            # The longest prompt decides whether prefixes are shared.
+            self._uncount(engine.prepare([self._query(prompt)]), set())
+            self._pace = self._measure_pace(prompt.ids)
+        return True
+
+    def costs(self, places: Sequence[Place]) -> dict[Place, float]:
+        """The seconds that trials which are run together are expected to take, in the order of `rows`.
+
+        A prefix that several share is charged to the first. `start_plan` comes first.
+        """
+        prompts = [self._prompt(place) for place in places]
+        if self._pace is None:
+            raise RuntimeError("start_plan comes before costs")
+        costs: dict[Place, float] = {}
+        for visit in walk([self._query(prompt).sequence for prompt in prompts]):
+            members = [prompts[index] for index in visit.members]
+            cost = self._visit_seconds(visit, members, self._pace)
+            for prompt in members:
+                costs[prompt.place] = cost
+                if self.engine.reuse:
+                    cost = 0.0  # the same sequence again
+        return costs
+
+    def _prompt(self, place: Place) -> Prompt:
+        # Planning asks for the same prompts again and again.
+        if place not in self._built:
+            self._built[place] = self.retrieval.build(place)
+        return self._built[place]
+
+    def _announce(self, prompts: Sequence[Prompt], visits: Sequence[Visit]) -> None:
+        pace = self._measure_pace(max((prompt.ids for prompt in prompts), key=len))
+        seconds = sum(self._visit_seconds(visit, [prompts[i] for i in visit.members], pace) for visit in visits)
+        if seconds >= WORTH_SAYING:
+            reuse = self.engine.reuse
+            tokens = trie_size(visits) if reuse else sum(visit.length * len(visit.members) for visit in visits)
+            say(announcement(len(prompts), tokens, seconds))
+
+    @torch.inference_mode()
+    def _measure_pace(self, ids: Ids) -> Pace:
+        model = self.engine.model
+
+        def read(tokens: int) -> None:
+            # The number makes an accelerator finish.
+            full_logits(model, ids[:tokens], keep=1).argmax().item()
+
+        # Without a cache: nothing of it stays.
+        with chunked_attention(model):
+            return measure_pace(read, len(ids), self.quadratic)
+
+    def _visit_seconds(self, visit: Visit, prompts: Sequence[Prompt], pace: Pace) -> float:
+        shared = visit.shared if self.engine.reuse else 0
+        work = token_cost(shared, visit.length, quadratic=self.quadratic)
+        # Where the answer is right nothing is generated, where it is wrong up to the most: between the two.
+        return pace.seconds(1 + max(prompt.most_tokens for prompt in prompts) / 2, work)
+
+    def _uncount(self, visits: Sequence[Visit], answered: set[int]) -> None:
+        """Take what was planned but not run out of the count."""
+        work = self.engine.work
+        for visit in visits:
+            missed = sum(index not in answered for index in visit.members)
+            work.sum_of_prompts -= visit.length * missed
+            if missed == len(visit.members):
+                work.trie_size -= visit.length - visit.shared
+
+    def _share(self, prompts: list[Prompt], ranks: Ranks) -> list[Prompt]:
         if ranks.world_size == 1:
             return prompts
         visits = walk([self._query(prompt).sequence for prompt in prompts])
-        return [prompts[index] for index in shares(visits, ranks.world_size, quadratic=quadratic)[ranks.rank]]
+        mine = shares(visits, ranks.world_size, quadratic=self.quadratic)[ranks.rank]
+        return [prompts[index] for index in mine]
 
-    def _total(self, visits: Sequence[Visit], quadratic: float) -> float:
-        reuse = self.engine.reuse
+    def _total(self, visits: Sequence[Visit]) -> float:
+        reuse, quadratic = self.engine.reuse, self.quadratic
         return sum(token_cost(visit.shared if reuse else 0, visit.length, quadratic=quadratic) for visit in visits)
 
     def _query(self, prompt: Prompt) -> Query:

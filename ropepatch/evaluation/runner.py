@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropepatch.errors import OptionError
+from ropepatch.evaluation.budget import Budget, Spender
 from ropepatch.evaluation.result import EvaluationResult
+from ropepatch.evaluation.served import ServedJob, ServedModel, served_job
 from ropepatch.evaluation.sharding import Ranks, find_ranks
 from ropepatch.evaluation.suites import load_suite
 from ropepatch.evaluation.task import Place
@@ -38,6 +40,7 @@ def evaluate(
     progress: bool = True,
     model_name: str | None = None,
     chunk_size: int | None = None,
+    budget: float | None = None,
     **settings: Any,
 ) -> EvaluationResult:
     """Run a suite on a model: how well it finds what is hidden in a long prompt, or how well it predicts a long text.
@@ -46,7 +49,8 @@ def evaluate(
     share the work and all return the whole result.
 
     Args:
-        model: a decoder-only language model (patched or not, PeftModel or plain). It is not changed.
+        model: a decoder-only language model (patched or not, PeftModel or plain), or a `ServedModel`. It is not
+            changed.
         tokenizer: the model's own, a fast one.
         suite: a suite's name or the path of a YAML file; the settings below replace the suite's own.
         lengths: exact prompt lengths in tokens.
@@ -58,45 +62,82 @@ def evaluate(
         dtype: the dtype that the model must have ("float32", "bfloat16", a torch.dtype); None or "auto": as it is.
         output: folder for run.json, results.jsonl, summary.json, figures and report.html. The same call again
             resumes: trials found there are not run twice.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, and how long a longer run will take.
         model_name: what the model is called in the results; by default the name it was loaded by.
         chunk_size: most tokens in one forward.
+        budget: minutes that may be spent. `trials` is then the most of each cell: one for each, and further ones
+            where the interval is widest, until the time is used up. No part of the configuration: the same call goes
+            on with another budget, or without. The summary records it under `budget`.
         settings: further settings of the suite (`digits` of passkey, `window` of perplexity, ...).
 
     Raises:
         UnknownNameError, OptionError, PromptError: what is asked cannot be; nothing has been run or written.
         UnsupportedModelError: not a decoder-only model, or a prompt exceeds its table of positions.
         OutputConflictError, OutputError: `output` belongs to another configuration, or cannot be written.
+        OptionError: not even one trial fits into the budget, and none is there from before.
     """
-    given = {
-        "lengths": lengths,
-        "depths": depths,
-        "trials": trials,
-        "seed": seed,
-        "chat_template": chat_template,
-        "text": _paths(text),
+    time = None if budget is None else Budget(budget)
+    chosen, job = make_job(
+        model,
+        tokenizer,
+        suite,
+        lengths=lengths,
+        depths=depths,
+        trials=trials,
+        seed=seed,
+        chat_template=chat_template,
+        text=text,
+        dtype=dtype,
+        chunk_size=chunk_size,
         **settings,
-    }
-    chosen = load_suite(suite, given)
+    )
+    run = _Run(chosen, job, _configuration(model, chosen, job, model_name), find_ranks(), progress, time)
+    return run.in_memory() if output is None else run.in_folder(output)
+
+
+def make_job(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: str | Path,
+    *,
+    text: Any = None,
+    dtype: Any = None,
+    chunk_size: int | None = None,
+    **settings: Any,
+) -> tuple[Suite, Job]:
+    """A suite with the caller's settings, and what it means for a model; whatever can be refused is refused here.
+
+    Arguments and errors are those of `evaluate`.
+    """
+    chosen = load_suite(suite, {"text": _paths(text), **settings})
+    if isinstance(model, ServedModel):
+        return chosen, served_job(model, chosen, tokenizer, dtype=dtype, chunk_size=chunk_size)
     _check_dtype(model, dtype)
     if chunk_size is not None and chunk_size < 1:
         raise OptionError("chunk_size must be positive", given=chunk_size)
     job = chosen.job(model, tokenizer, chunk_size=chunk_size)
-    # What can be refused is refused before the folder is made.
     job.check()
-    run = _Run(chosen, job, _configuration(model, chosen, job, model_name), find_ranks(), progress)
-    return run.in_memory() if output is None else run.in_folder(output)
+    return chosen, job
 
 
 class _Run:
     """One evaluation on its way: which trials are left, and what came out."""
 
-    def __init__(self, suite: Suite, job: Job, configuration: dict[str, Any], ranks: Ranks, progress: bool) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        job: Job,
+        configuration: dict[str, Any],
+        ranks: Ranks,
+        progress: bool,
+        budget: Budget | None,
+    ) -> None:
         self.suite = suite
         self.job = job
         self.configuration = configuration
         self.ranks = ranks
         self.progress = progress and ranks.is_first
+        self.budget = budget
 
     def in_folder(self, output: str | os.PathLike[str]) -> EvaluationResult:
         from ropepatch.evaluation.folder import RunFolder
@@ -107,7 +148,7 @@ class _Run:
             finished = ranks.from_first(folder.finished)
             ranks.wait()
             rows = []
-            with closing(self.job.rows(self.left(finished), ranks, progress=self.progress)) as measured:
+            with closing(self.measured(finished)) as measured:
                 for row in measured:
                     folder.append(row)
                     rows.append(row)
@@ -115,17 +156,41 @@ class _Run:
             work = self.work()
             # Where nothing was left to run, what the folder says of the work that was done stays true.
             former = None if work["sum_of_prompts"] else _former_work(folder.path)
-            summary = folder.finalize({"work": former or work}) if ranks.is_first else None
+            spent = self.spent(finished, new)
+            summary = folder.finalize({"work": former or work, **spent}) if ranks.is_first else None
         return self.result([*finished.values(), *new], ranks.from_first(summary or {}), work)
 
     def in_memory(self) -> EvaluationResult:
-        mine = list(self.job.rows(self.left({}), self.ranks, progress=self.progress))
+        mine = list(self.measured({}))
         rows = sorted(self.ranks.gather(mine), key=_order)
         work = self.work()
-        return self.result(rows, {**self.suite.summarise(rows, self.configuration), "work": work}, work)
+        summary = {**self.suite.summarise(rows, self.configuration), "work": work, **self.spent({}, rows)}
+        return self.result(rows, summary, work)
 
-    def left(self, finished: dict[Place, Row]) -> list[Place]:
-        return [place for place in self.job.places() if place not in finished]
+    def left(self, finished: Iterable[Place]) -> list[Place]:
+        done = set(finished)
+        return [place for place in self.job.places() if place not in done]
+
+    def measured(self, finished: dict[Place, Row]) -> Generator[Row, None, None]:
+        """This process's share of the trials that are left, or of those that the budget has time for."""
+        left = self.left(finished)
+        if self.budget is None:
+            return self.job.rows(left, self.ranks, progress=self.progress)
+        spender = Spender(self.job, left, finished.values(), self.ranks, self.budget)
+        return spender.rows(progress=self.progress)
+
+    def spent(self, finished: dict[Place, Row], new: list[Row]) -> dict[str, Any]:
+        """What the summary says of the budget; nothing without one."""
+        if self.budget is None:
+            return {}
+        if not finished and not new:
+            raise OptionError(
+                "the budget is too short for a single trial",
+                given=f"{self.budget.minutes:g} minutes",
+                hint="give more minutes, or begin with shorter lengths",
+            )
+        left = self.left([*finished, *(Place.of(row) for row in new)])
+        return {"budget": {"minutes": self.budget.minutes, "trials_run": len(new), "trials_left": len(left)}}
 
     def work(self) -> dict[str, Any]:
         """What all processes together computed."""
@@ -165,9 +230,11 @@ def _configuration(model: Any, suite: Suite, job: Job, name: str | None) -> dict
     """What fixes the results: a folder made with one configuration takes no trial of another."""
     import ropepatch
 
+    asked = {**suite.model_dump(mode="json", exclude={"description"}), **job.inputs()}
+    if isinstance(job, ServedJob):
+        return {**asked, **job.configuration(name)}
     return {
-        **suite.model_dump(mode="json", exclude={"description"}),
-        **job.inputs(),
+        **asked,
         "model": name or model.config._name_or_path or type(model).__name__,
         "patch": ropepatch.record_of(model),
         "dtype": str(_dtype(model)).removeprefix("torch."),

@@ -54,13 +54,13 @@ def test_every_verb_has_help_with_examples(verb: str) -> None:
     assert result.exit_code == 0
     assert f"ropepatch {verb}" in result.stdout
     assert "Examples:" in result.stdout
-    assert importlib.import_module(f"ropepatch.cli.{verb}").main.__doc__
+    assert importlib.import_module(f"ropepatch.cli.{verb.replace('-', '_')}").main.__doc__
 
 
 def test_every_verb_file_is_listed() -> None:
     folder = Path(importlib.import_module("ropepatch.cli").__file__ or "").parent
     files = {path.stem for path in folder.glob("*.py")} - {"app"}
-    assert {name for name in files if not name.startswith("_")} == set(VERBS)
+    assert {name.replace("_", "-") for name in files if not name.startswith("_")} == set(VERBS)
 
 
 def test_no_arguments_print_the_help() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from ropepatch.cli.app import app
+from ropepatch.cli.app import app, spread
 
 GRID = ("--lengths", "180,220", "--depths", "0,0.5,1", "--trials", "2", "--dtype", "float32")
 
@@ -145,6 +145,13 @@ BAD: dict[str, tuple[int, tuple[str, ...], str]] = {
     "missing text": (2, ("--text", "{tmp}/none.txt"), "none.txt"),
     "missing model": (1, ("--model", "{tmp}/none"), "no such folder"),
     "unknown demo model": (2, ("--model", "demo:smolm2"), "demo:smollm2"),
+    "no budget": (2, ("--budget", "0"), "number of minutes"),
+    "matrix and patch": (2, ("--matrix", "untuned", "--patch", "yarn", "--set", "factor=2"), "choose one"),
+    "matrix and set": (2, ("--matrix", "untuned", "--set", "factor=2"), "--set needs --patch"),
+    "unknown matrix": (2, ("--matrix", "untund"), "did you mean 'untuned'"),
+    "missing matrix": (2, ("--matrix", "{tmp}/none.yaml"), "none.yaml"),
+    "same model twice": (2, ("--model", "{model}"), "share a folder"),
+    "a second model that is missing": (1, ("--model", "{tmp}/none"), "no such folder"),
     "not an option": (2, ("--nonsense",), "--nonsense"),
 }
 
@@ -193,3 +200,130 @@ def test_a_corrupt_result_line_is_named_and_kept(finished: Path, tiny_model_fold
     assert result.exit_code == 1
     assert "results.jsonl, line 13, is corrupt" in result.stderr
     assert (output / "results.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("passkey --text a b c", "passkey --text a --text b --text c"),
+        ("passkey --text a b --model m --text c d", "passkey --text a --text b --model m --text c --text d"),
+        ("passkey --text a --text b", "passkey --text a --text b"),
+        ("passkey --model m x --text a", "passkey --model m x --text a"),
+        ("passkey --text a -m m b", "passkey --text a -m m b"),
+        ("passkey --text", "passkey --text"),
+        ("passkey --text --model m", "passkey --text --model m"),
+        ("--text a passkey", "--text a passkey"),
+        ("--help", "--help"),
+        ("", ""),
+    ],
+)
+def test_text_takes_several_values(given: str, wanted: str) -> None:
+    assert spread(given.split(), "--text") == wanted.split()
+
+
+def test_several_texts_reach_the_suite(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("The grass is green. " * 200)
+    texts = ("--text", tmp_path / "a.txt", tmp_path / "b.txt")
+    result = evaluate(tiny_model_folder, tmp_path / "run", *texts)
+    # The passkey suite takes one text: both arrived there.
+    assert result.exit_code == 2
+    assert "text" in result.stderr
+    assert "a.txt" in result.stderr and "b.txt" in result.stderr
+    assert evaluate(tiny_model_folder, tmp_path / "run", *texts[:2]).exit_code == 0
+
+
+def test_a_budget_is_kept_and_the_run_goes_on(tiny_model_folder: Path, tmp_path: Path) -> None:
+    result = evaluate(tiny_model_folder, tmp_path / "run", "--budget", "5", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["budget"] == {"minutes": 5, "trials_run": 12, "trials_left": 0}
+    result = evaluate(tiny_model_folder, tmp_path / "none", "--budget", "1e-9")
+    assert result.exit_code == 2
+    assert "too short for a single trial" in result.stderr
+
+
+MATRIX = """
+- unpatched
+- {method: yarn, options: {factor: 2}}
+- {name: nowhere, method: dca, options: {layers: [9]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A matrix whose last variant is refused."""
+    folder = tmp_path_factory.mktemp("matrix")
+    (folder / "mine.yaml").write_text(MATRIX)
+    result = evaluate(tiny_model_folder, folder / "out", "--matrix", folder / "mine.yaml", "--json")
+    return folder, result
+
+
+def test_a_matrix_is_one_document_and_names_what_was_refused(matrix: tuple[Path, Result]) -> None:
+    folder, result = matrix
+    assert result.exit_code == 1, result.output
+    document = json.loads(result.stdout)
+    assert document["output"] == str(folder / "out")
+    assert [run["name"] for run in document["runs"]] == ["unpatched", "yarn-2", "nowhere"]
+    for run in document["runs"][:2]:
+        summary = json.loads((folder / "out" / run["name"] / "summary.json").read_text())
+        assert {name: run[name] for name in summary} == summary
+        assert run["output"] == str(folder / "out" / run["name"])
+    assert "layers" in document["runs"][2]["refused"]
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.output
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "comparison.html", "comparison.md", "unpatched", "yarn-2"
+    }  # fmt: skip
+
+
+def test_a_matrix_and_single_commands_go_on_with_each_other(
+    matrix: tuple[Path, Result], finished: Path, tiny_model_folder: Path
+) -> None:
+    output = matrix[0] / "out" / "yarn-2"
+    assert comparable(output) == comparable(finished)
+    before = (output / "results.jsonl").read_bytes()
+    assert evaluate(tiny_model_folder, output, "--patch", "yarn", "--set", "factor=2").exit_code == 0
+    assert (output / "results.jsonl").read_bytes() == before
+
+
+def test_each_model_is_loaded_once(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from ropepatch import loading
+
+    loaded: list[str] = []
+    load = loading.load_model
+
+    def count(name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return load(name, **options)
+
+    monkeypatch.setattr(loading, "load_model", count)
+    models = [str(shutil.copytree(tiny_model_folder, tmp_path / name)) for name in ("one", "two")]
+    (tmp_path / "mine.yaml").write_text("[unpatched, rerope]")
+    result = run(
+        *("eval", "passkey", "--model", models[0], "--model", models[1], *GRID, "--budget", "10"),
+        *("--matrix", tmp_path / "mine.yaml", "--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    assert loaded == models
+    names = {str(path.relative_to(tmp_path / "out").parent) for path in (tmp_path / "out").rglob("summary.json")}
+    assert names == {"one/unpatched", "one/rerope", "two/unpatched", "two/rerope"}
+    for folder in ("", "one", "two"):
+        assert (tmp_path / "out" / folder / "comparison.html").is_file()
+    assert "rerope" in result.stdout
+    assert json.loads((tmp_path / "out/two/rerope/run.json").read_text())["model"] == models[1]
+
+
+def test_several_models_under_one_patch(tiny_model_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = shutil.copytree(tiny_model_folder, tmp_path / "other")
+    result = evaluate(
+        tiny_model_folder, tmp_path / "out", "--model", other, "--patch", "yarn", "--set", "factor=2", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert [(r["model"], r["name"]) for r in json.loads(result.stdout)["runs"]] == [
+        (str(tiny_model_folder), "yarn-2"),
+        (str(other), "yarn-2"),
+    ]

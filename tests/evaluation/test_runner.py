@@ -13,7 +13,7 @@ from small import model, tokenizer
 import ropepatch
 from ropepatch.errors import OptionError, OutputConflictError, PromptError, UnsupportedModelError
 from ropepatch.evaluation import EvaluationResult, evaluate
-from ropepatch.evaluation.task import Place
+from ropepatch.evaluation.task import Grid, Place
 from ropepatch.evaluation.tasks.passkey import PasskeyTask
 
 GRID: dict[str, Any] = {"lengths": [150, 260], "depths": [0, 0.5, 1], "trials": 2, "progress": False}
@@ -39,7 +39,7 @@ def test_rows_are_what_plain_generation_gives() -> None:
     assert [_key(row) for row in result.trials] == [
         (n, d, t) for n in (150, 260) for d in (0.0, 0.5, 1.0) for t in (0, 1)
     ]
-    task = PasskeyTask(tokenizer(NAME), lengths=[260])
+    task = PasskeyTask(tokenizer(NAME), grid=Grid([260]))
     for row in result.trials:
         prompt = task.build(Place.of(row))
         ids = torch.from_numpy(prompt.ids.astype("int64"))[None]
@@ -60,7 +60,7 @@ def test_rows_are_what_plain_generation_gives() -> None:
 def test_a_model_that_finds_the_key_scores_one() -> None:
     """A head that looks up what followed the same three tokens earlier in its input: perfect recall, made by hand."""
     net = model("llama")
-    task = PasskeyTask(tokenizer(NAME), lengths=[260])
+    task = PasskeyTask(tokenizer(NAME), grid=Grid([260]))
     prompts = [task.build(Place("passkey", n, d, t)) for n in (150, 260) for d in (0.0, 0.5, 1.0) for t in (0, 1)]
     after: dict[tuple[int, ...], int] = {}
     for prompt in prompts:
