@@ -5,40 +5,65 @@ from __future__ import annotations
 import base64
 import html
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --band: #f6f8fa; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 2rem auto; max-width: 64rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 2rem auto; max-width: 76rem;
   padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-p.lead { color: var(--soft); margin: .2rem 0 1rem; } p.note { color: var(--soft); font-size: .9rem; }
-figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
+h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem; overflow-wrap: anywhere; }
+p.lead { color: var(--soft); margin: .2rem 0 1rem; overflow-wrap: anywhere; }
+p.note { color: var(--soft); font-size: .9rem; max-width: 48rem; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; display: block; }
 div.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
-th { background: var(--band); } td.n, th.n { text-align: right; } table.sortable th { cursor: pointer; }
-td code { white-space: pre-wrap; overflow-wrap: anywhere; }
+th, td { border: 1px solid var(--line); padding: .3rem .5rem; text-align: left; vertical-align: top; }
+th { background: var(--band); } td.n, th.n { text-align: right; white-space: nowrap; }
+table.sortable th { cursor: pointer; user-select: none; }
+table.sortable th::after { content: "\\2195"; color: #8c959f; padding-left: .35em; font-weight: normal; }
+table.sortable th[aria-sort=ascending]::after { content: "\\2191"; color: var(--ink); }
+table.sortable th[aria-sort=descending]::after { content: "\\2193"; color: var(--ink); }
+td code { white-space: pre-wrap; overflow-wrap: anywhere; display: block; min-width: 8rem; max-width: 32rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; } pre { background: var(--band); padding: .8rem; overflow-x: auto; font-size: .85rem; }
+details { margin: .4rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { background: var(--band); padding: .8rem; overflow-x: auto; font-size: .85rem; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin: 0 0 .4rem 1rem; } }
 @media print { body { margin: 0; max-width: none; } details { display: none; } }
 """
 
 _SORT = """
 document.querySelectorAll("table.sortable th").forEach(function (head) {
-  head.addEventListener("click", function () {
+  function sort() {
     var body = head.closest("table").tBodies[0], column = head.cellIndex;
-    var down = head.dataset.down = head.dataset.down === "1" ? "0" : "1";
-    var value = function (row) { return row.cells[column].dataset.value || row.cells[column].textContent; };
-    Array.from(body.rows).sort(function (a, b) {
-      var x = value(a), y = value(b), order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-      return down === "1" ? order : -order;
-    }).forEach(function (row) { body.appendChild(row); });
-  });
+    var sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    head.parentNode.querySelectorAll("th").forEach(function (other) { other.removeAttribute("aria-sort"); });
+    head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
+    Array.from(body.rows).map(function (row) {
+      var cell = row.cells[column], number = cell.dataset.value;
+      return { row: row, text: cell.textContent, number: number === undefined ? NaN : Number(number) };
+    }).sort(function (a, b) {
+      // Empty cells stay at the end in both directions, and numbers come before words.
+      if (!a.text || !b.text) { return (a.text ? 0 : 1) - (b.text ? 0 : 1); }
+      if (isNaN(a.number) || isNaN(b.number)) {
+        return isNaN(a.number) && isNaN(b.number) ? sign * a.text.localeCompare(b.text, undefined, { numeric: true })
+          : (isNaN(a.number) ? 1 : 0) - (isNaN(b.number) ? 1 : 0);
+      }
+      return sign * (a.number - b.number);
+    }).forEach(function (entry) { body.appendChild(entry.row); });
+  }
+  head.tabIndex = 0;
+  head.addEventListener("click", sort);
+  head.addEventListener("keydown", function (event) { if (event.key === "Enter") { sort(); } });
 });
 """
+
+_DOTS_PER_PIXEL = 1.5
+_LEGIBLE = 640
+"""A figure is shown no narrower than so many pixels: it scrolls sideways instead."""
 
 
 class Number(str):
@@ -86,7 +111,10 @@ def note(text: str) -> str:
 def image(png: bytes, description: str) -> str:
     """A PNG inside the page."""
     data = base64.b64encode(png).decode("ascii")
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(description)}"></figure>'
+    # The header says the size, so that the page does not jump while it is read.
+    width, height = (round(dots / _DOTS_PER_PIXEL) for dots in struct.unpack(">II", png[16:24]))
+    size = f'width="{width}" height="{height}" style="min-width: {min(width, _LEGIBLE)}px"'
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(description)}" {size}></figure>'
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -106,7 +134,13 @@ def definitions(values: Mapping[str, Any]) -> str:
 def raw(caption: str, value: Any) -> str:
     """JSON that opens at a click."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    return f"<details><summary>{html.escape(caption)}</summary><pre>{html.escape(text)}</pre></details>"
+    return fold(caption, f"<pre>{html.escape(text)}</pre>")
+
+
+def fold(caption: str, *parts: str) -> str:
+    """Ready HTML that opens at a click."""
+    content = "\n".join(parts)
+    return f"<details><summary>{html.escape(caption)}</summary>{content}</details>"
 
 
 def _cell(text: str) -> str:

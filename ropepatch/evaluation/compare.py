@@ -1,163 +1,79 @@
-"""Several runs side by side: intervals for each, and differences to the first on the trials that both have."""
+"""`compare`: reads runs, refuses those that cannot be compared, and measures differences on the trials they share."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from ropepatch.errors import RecordError, UsageError
+from ropepatch.evaluation.comparison import Comparison as Comparison
+from ropepatch.evaluation.comparison import ComparisonRow as ComparisonRow
+from ropepatch.evaluation.comparison import Part
+from ropepatch.evaluation.comparison import Run as Run
 from ropepatch.evaluation.folder import RUN, Row, read_rows, suite_of
+from ropepatch.evaluation.scoring import wilson_interval
+from ropepatch.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    holm,
+    mcnemar_exact,
+    newcombe_interval,
+    sign_flip_test,
+)
 from ropepatch.evaluation.task import Place
 from ropepatch.files import read_object
 
-if TYPE_CHECKING:
-    from rich.table import Table
+
+class Trial(NamedTuple):
+    """What one trial (or document) adds to a part: a sum, and what it is a sum of (1 trial, or so many tokens)."""
+
+    total: float
+    weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a comparison. `name` is its folder's name, made unique; `rows` are its trials."""
-
-    name: str
-    path: Path
-    title: str
-    model: Any
-    configuration: dict[str, Any]
-    summary: dict[str, Any]
-    rows: list[Row]
-
-    @property
-    def heading(self) -> str:
-        """Name and title in one; the name alone says nothing more when the title begins with it."""
-        return self.title if self.title.startswith(self.name) else f"{self.name}: {self.title}"
+Trials = Mapping[Place, Trial]
 
 
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One run at one length.
+def compare(folders: Sequence[str | os.PathLike[str]], *, least: int = 2) -> Comparison:
+    """Read the output folders of evaluations and set them side by side; the first is the base.
 
-    Attributes:
-        run: name of the run.
-        length: prompt length in tokens.
-        n, accuracy, ci_low, ci_high: all trials of this run at this length, with the 95 % Wilson interval.
-        shared: trials that the first run has too (same length, depth and number); None for the first run itself.
-        difference: mean score minus the first run's, over the shared trials; None without any.
-        gained, lost: shared trials on which this run scores higher, and lower, than the first.
-        p_value: exact two-sided McNemar test of gained against lost.
-    """
-
-    run: str
-    length: int
-    n: int
-    accuracy: float
-    ci_low: float
-    ci_high: float
-    shared: int | None = None
-    difference: float | None = None
-    gained: int | None = None
-    lost: int | None = None
-    p_value: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` returns: the runs, and one row for each length and run."""
-
-    runs: list[Run]
-    rows: list[ComparisonRow]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Every length that some run measured, ascending."""
-        return sorted({row.length for row in self.rows})
-
-    def explanation(self) -> str:
-        """How to read the differences, in one paragraph."""
-        return (
-            f"Intervals are 95 % Wilson intervals. Differences are to {self.runs[0].name}, on the trials that both "
-            "runs have; gained and lost count the trials that one run gets right and the other does not; p is "
-            "McNemar's exact two-sided test of these counts."
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return {
-            "runs": [
-                {
-                    "name": run.name,
-                    "path": str(run.path),
-                    "title": run.title,
-                    "model": run.model,
-                    "effective_length": run.summary["effective_length"],
-                    "effective_length_relative": run.summary["effective_length_relative"],
-                }
-                for run in self.runs
-            ],
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-        }
-
-    def to_markdown(self) -> str:
-        """A pipe table: one line for each length, one column for each run."""
-        lines = [["length", *(run.heading for run in self.runs)], ["---:"] + ["---"] * len(self.runs)]
-        lines += [[cell.replace("\n", "<br>") for cell in line] for line in self._lines()]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-    def table(self) -> Table:
-        """The same as a rich table for the terminal."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="accuracy, [95 % interval], difference to the first run", show_lines=True)
-        table.add_column("length", justify="right")
-        for run in self.runs:
-            table.add_column(Text(run.heading))
-        for line in self._lines():
-            table.add_row(*map(Text, line))
-        return table
-
-    def _lines(self) -> list[list[str]]:
-        found = {(row.length, row.run): row for row in self.rows}
-        lines = [
-            [f"{length:,}", *(_cell(found.get((length, run.name))) for run in self.runs)] for length in self.lengths
-        ]
-        return [*lines, ["effective", *(_tokens(run.summary["effective_length"]) for run in self.runs)]]
-
-
-def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
-    """Read the output folders of two or more evaluations and set them side by side; the first is the base.
+    Args:
+        folders: as many as `least`, or more.
+        least: 1 to have a single run in the same form.
 
     Raises:
-        UsageError: fewer than two folders, or runs that cannot be compared (other tasks, no shared length, or other
-            questions under the same trial numbers); the message says which and why.
+        UsageError: fewer than two folders, or runs that cannot be compared (other tasks, no shared length, other
+            questions under the same trial numbers, other documents); the message says which and why.
         RecordError: a folder is missing, unfinished from the first trial on, or corrupt.
+        DependencyError: scipy is missing, which scores other than 0 and 1 take.
     """
-    if len(folders) < 2:
+    if len(folders) < least:
         raise UsageError("comparing takes at least two folders", given=[str(folder) for folder in folders])
     paths = [Path(folder) for folder in folders]
     runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     for run in runs[1:]:
         _check_comparable(runs[0], run)
-    lengths = sorted({entry["length"] for run in runs for entry in run.summary["by_length"]})
+    several = len({row["task"] for run in runs for row in run.rows}) > 1
+    trials = {run.name: _trials(run, several) for run in runs}
+    # Tasks stay in the order in which the suite has them.
+    tasks = [None, *dict.fromkeys(cell.get("task") for run in runs for cell in run.summary["cells"])]
+    parts = sorted(
+        {part for own in trials.values() for part in own}, key=lambda part: (tasks.index(part.task), part.length or 0)
+    )
+    base = runs[0]
     rows = [
-        row for length in lengths for run in runs if (row := _row(run, length, None if run is runs[0] else runs[0]))
+        _row(run, part, trials[run.name][part], None if run is base else trials[base.name].get(part, {}))
+        for part in parts
+        for run in runs
+        if part in trials[run.name]
     ]
-    return Comparison(runs, rows)
-
-
-def mcnemar_exact(gained: int, lost: int) -> float:
-    """Two-sided exact p-value of McNemar's test: `gained` and `lost` as heads and tails of a fair coin.
-
-    Quinn McNemar, Psychometrika 12, 1947. With no trial on which the runs differ the value is 1.
-    """
-    n = gained + lost
-    tail: int = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
-    # Whole numbers up to the division: exact for any n.
-    return min(1.0, 2 * tail / 2**n)
+    measure = base.measure
+    fractional = measure == "accuracy" and any(row["correct"] not in (0, 1) for run in runs for row in run.rows)
+    return Comparison(runs, _adjusted(rows), base.name, measure, fractional)
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
@@ -174,7 +90,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         raise RecordError(f"the file {path / RUN} has no configuration or no title")
     rows = read_rows(path)
     summary = suite_of(configuration).summarise(rows, configuration, title=title)
-    return Run(name or title, path, title, configuration.get("model"), configuration, summary, rows)
+    return Run(name or title, path, title, configuration.get("model"), configuration, summary, rows, run)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -194,39 +110,140 @@ def _check_comparable(first: Run, other: Run) -> None:
     tasks = first.summary["task"], other.summary["task"]
     if tasks[0] != tasks[1]:
         raise refuse(f"they ran different tasks ({tasks[0]} and {tasks[1]})")
+    base, own = _by_place(first.rows), _by_place(other.rows)
+    if first.measure == "loss":
+        texts = [_without_paths(run.configuration.get("text")) for run in (first, other)]
+        if texts[0] != texts[1] or not base.keys() & own.keys():
+            raise refuse("they read different texts" if texts[0] != texts[1] else "they share no document")
+        return
     lengths = [sorted({row["length"] for row in run.rows}) for run in (first, other)]
     if not set(lengths[0]) & set(lengths[1]):
         raise refuse(f"they share no prompt length ({lengths[0]} and {lengths[1]} tokens)")
-    base = _by_key(first.rows)
-    for key, row in _by_key(other.rows).items():
-        if key in base and base[key].get("answer") != row.get("answer"):
+    for place, row in own.items():
+        if place in base and base[place].get("answer") != row.get("answer"):
             raise refuse(
-                f"they ask different questions: at {_words(key)} the answers are "
-                f"{base[key].get('answer')!r} and {row.get('answer')!r} (seeds {base[key].get('seed')} and "
+                f"they ask different questions: at {_words(place)} the answers are "
+                f"{base[place].get('answer')!r} and {row.get('answer')!r} (seeds {base[place].get('seed')} and "
                 f"{row.get('seed')})"
             )
 
 
-def _row(run: Run, length: int, first: Run | None) -> ComparisonRow | None:
-    scores = next((entry for entry in run.summary["by_length"] if entry["length"] == length), None)
-    if scores is None:
-        return None
-    row = ComparisonRow(run.name, length, *(scores[name] for name in ("n", "accuracy", "ci_low", "ci_high")))
-    if first is None:
+def _trials(run: Run, several: bool) -> dict[Part, dict[Place, Trial]]:
+    """A run's trials by part. `several`: whether the single tasks are parts of their own."""
+    found: dict[Part, dict[Place, Trial]] = {}
+    for place, row in _by_place(run.rows).items():
+        for part, trial in _losses(row) if run.measure == "loss" else _scores(row, several):
+            found.setdefault(part, {})[place] = trial
+    return found
+
+
+def _scores(row: Row, several: bool) -> Iterator[tuple[Part, Trial]]:
+    for task in (None, row["task"]) if several else (None,):
+        yield Part(task, row["length"]), Trial(float(row["correct"]))
+
+
+def _losses(row: Row) -> Iterator[tuple[Part, Trial]]:
+    yield Part(None, None), Trial(row["nll"], row["tokens_scored"])
+    # Ranges that double: few enough to read, and finest where the loss falls most.
+    buckets = sorted(row.get("by_position", ()), key=lambda bucket: bucket["start"])
+    width = buckets[0]["end"] - buckets[0]["start"] if buckets else 0
+    ranges: dict[Part, Trial] = {}
+    for bucket in buckets:
+        number = bucket["start"] // width
+        start = width << (number.bit_length() - 1) if number else 0
+        part = Part(None, 2 * start or width, start)
+        total, weight = ranges.get(part, Trial(0.0, 0.0))
+        ranges[part] = Trial(total + bucket["nll"], weight + bucket["tokens"])
+    yield from ranges.items()
+
+
+def _row(run: Run, part: Part, own: Trials, base: Trials | None) -> ComparisonRow:
+    row = ComparisonRow(run.name, part, len(own), *_score(run, part, own))
+    if base is None:
         return row
-    own, base = _by_key(run.rows), _by_key(first.rows)
-    pairs = [(own[key]["correct"], base[key]["correct"]) for key in own if key.length == length and key in base]
-    if not pairs:
+    # Documents of which the runs scored other tokens (another maximum, another BOS policy) are not the same trial.
+    shared = [place for place in own if place in base and own[place].weight == base[place].weight]
+    if not shared:
         return dataclasses.replace(row, shared=0)
-    gained, lost = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    pairs = [(base[place].total, own[place].total) for place in shared]
+    weights = [own[place].weight for place in shared] if run.measure == "loss" else _task_weights(shared)
+    better = -1 if run.measure == "loss" else 1
+    gained, lost = (sum(sign * (b - a) > 0 for a, b in pairs) for sign in (better, -better))
+    if run.measure == "loss":
+        interval, p_value = _loss_difference(pairs, weights)
+        difference = sum(b - a for a, b in pairs) / sum(weights)
+    else:
+        interval, p_value = _score_difference(pairs, weights)
+        difference = sum(w * (b - a) for w, (a, b) in zip(weights, pairs, strict=True)) / sum(weights)
+    low, high = interval or (None, None)
     return dataclasses.replace(
         row,
         shared=len(pairs),
-        difference=sum(a - b for a, b in pairs) / len(pairs),
+        difference=difference,
+        difference_low=low,
+        difference_high=high,
         gained=gained,
         lost=lost,
-        p_value=mcnemar_exact(gained, lost),
+        p_value=p_value,
     )
+
+
+def _score(run: Run, part: Part, own: Trials) -> tuple[float, float | None, float | None]:
+    """A part's mean and its interval: the summary's own where that has one."""
+    totals, weights = zip(*own.values(), strict=True)
+    if run.measure == "loss":
+        from ropepatch.evaluation.perplexity.summary import loss_interval
+
+        return sum(totals) / sum(weights), *(loss_interval(totals, weights) or (None, None))
+    if part.task is None:
+        entry = next(entry for entry in run.summary["by_length"] if entry["length"] == part.length)
+        return entry["accuracy"], entry["ci_low"], entry["ci_high"]
+    return sum(totals) / len(totals), *wilson_interval(sum(totals), len(totals))
+
+
+def _task_weights(shared: Sequence[Place]) -> list[float]:
+    """Weights under which every task counts the same, however many of its trials are shared."""
+    trials = Counter(place.task for place in shared)
+    return [1 / trials[place.task] for place in shared]
+
+
+def _score_difference(pairs: Sequence[tuple[float, float]], weights: Sequence[float]) -> tuple[Interval | None, float]:
+    if all(score in (0, 1) for pair in pairs for score in pair) and len(set(weights)) == 1:
+        counts = Counter(pairs)
+        both, gained, lost, neither = (counts[pair] for pair in ((1, 1), (0, 1), (1, 0), (0, 0)))
+        return newcombe_interval(both, gained, lost, neither), mcnemar_exact(gained, lost)
+    weighted = [(w * a, w * b) for w, (a, b) in zip(weights, pairs, strict=True)]
+    first, second = zip(*weighted, strict=True)
+    return bootstrap_interval([b - a for a, b in pairs], weights), sign_flip_test(first, second)
+
+
+def _loss_difference(pairs: Sequence[tuple[float, float]], tokens: Sequence[float]) -> tuple[Interval | None, float]:
+    from ropepatch.evaluation.perplexity.summary import loss_interval
+
+    first, second = zip(*pairs, strict=True)
+    interval = loss_interval([b - a for a, b in pairs], [int(count) for count in tokens])
+    return None if interval is None else Interval(*interval), sign_flip_test(first, second)
+
+
+def _adjusted(rows: list[ComparisonRow]) -> list[ComparisonRow]:
+    """The rows with Holm's p: over all tasks together for one table, over the single tasks for another."""
+    adjusted: dict[int, float] = {}
+    for single in (False, True):
+        tested = [
+            (index, row.p_value)
+            for index, row in enumerate(rows)
+            if row.p_value is not None and (row.part.task is not None) == single
+        ]
+        values = holm([p_value for _, p_value in tested])
+        adjusted |= dict(zip((index for index, _ in tested), values, strict=True))
+    return [dataclasses.replace(row, p_adjusted=adjusted.get(index)) for index, row in enumerate(rows)]
+
+
+def _without_paths(text: Any) -> Any:
+    """What a configuration says of its texts, less where they lay: their digests tell whether they are the same."""
+    if isinstance(text, list):
+        return [_without_paths(item) for item in text]
+    return {name: value for name, value in text.items() if name != "path"} if isinstance(text, dict) else text
 
 
 def _words(place: Place) -> str:
@@ -234,20 +251,5 @@ def _words(place: Place) -> str:
     return f"length {place.length}, {depth}trial {place.trial}"
 
 
-def _by_key(rows: list[Row]) -> dict[Place, Row]:
+def _by_place(rows: list[Row]) -> dict[Place, Row]:
     return {Place.of(row): row for row in rows}
-
-
-def _cell(row: ComparisonRow | None) -> str:
-    if row is None:
-        return "–"
-    lines = [f"{row.accuracy:.2f}  n={row.n}", f"[{row.ci_low:.2f}, {row.ci_high:.2f}]"]
-    if row.difference is not None:
-        lines.append(f"{row.difference:+.2f} p={row.p_value:.2g}")
-        if row.shared != row.n:
-            lines.append(f"({row.shared} shared)")
-    return "\n".join(lines)
-
-
-def _tokens(length: int | None) -> str:
-    return "none" if length is None else f"{length:,} tokens"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ropepatch.evaluation import _html as html
+from ropepatch.evaluation.comparison import Comparison, ComparisonRow, perplexity
+from ropepatch.evaluation.tables import AVERAGES, REACHES, tokens
 from ropepatch.files import write_atomic
-
-if TYPE_CHECKING:
-    from ropepatch.evaluation.compare import Comparison
 
 SAMPLE_FAILURES = 8
 LONGEST_OUTPUT = 300
@@ -48,117 +47,158 @@ def grid_sections(
     summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]
 ) -> list[str]:
     """What a grid of trials says: accuracy with intervals, the heatmap, every cell, some failures."""
+    where = "task" if all(cell["depth"] is None for cell in summary["cells"]) else "depth"
+    caption = f"Accuracy by length and {where}"
     return [
-        html.section("Accuracy by prompt length", _length_table(summary), html.note(_reach_note(summary))),
-        html.section(
-            "Accuracy by length and depth", html.image(figures["heatmap.png"], "accuracy by length and depth")
-        ),
-        html.section("Cells", _cell_table(summary)),
+        html.section("Accuracy by prompt length", _score_table(summary["by_length"]), html.note(_reach_note(summary))),
+        html.section(caption, html.image(figures["heatmap.png"], caption.lower())),
+        html.section("Cells", _score_table(summary["cells"])),
         html.section("Failures", *_failures(rows)),
     ]
 
 
-def comparison_report(comparison: Comparison, heatmap_png: bytes, *, title: str = "Comparison") -> str:
-    """One page for several runs: their intervals side by side, differences on shared trials, one heatmap each.
+def comparison_report(comparison: Comparison, figures: Mapping[str, bytes], *, title: str = "Comparison") -> str:
+    """One page for several runs: their intervals side by side, differences on shared trials, figures on one scale.
 
     Args:
         comparison: what `compare` returned.
-        heatmap_png: all runs' heatmaps on one scale.
+        figures: PNG files by caption.
         title: the page's heading.
     """
-    first = comparison.runs[0].name
-    headings = ["length", "run", "n", "accuracy", "95 % interval", f"difference to {first}", "gained", "lost", "p"]
-    rows = [
-        [
-            html.Number(f"{row.length:,}", row.length),
-            row.run,
-            html.Number(str(row.n), row.n),
-            html.Number(f"{row.accuracy:.3f}", row.accuracy),
-            _interval(row.ci_low, row.ci_high),
-            *_difference_cells(row),
-        ]
-        for row in comparison.rows
-    ]
-    runs = [
-        [run.name, run.title, str(run.model), _tokens(run.summary["effective_length"]), html.Code(str(run.path))]
-        for run in comparison.runs
-    ]
+    loss = comparison.measure == "loss"
     sections = [
         html.section(
-            "Runs",
-            html.table(["run", "patch", "model", "effective length", "folder"], runs),
-            html.note(comparison.explanation()),
+            "Runs", _runs_table(comparison), html.note(comparison.explanation()), *_differing(comparison.differing())
         ),
-        html.section("Accuracy by length and depth", html.image(heatmap_png, "accuracy of every run")),
-        html.section("Accuracy by prompt length", html.table(headings, rows)),
+        *(html.section(caption, html.image(png, f"{caption}, every run")) for caption, png in figures.items()),
+        html.section("Loss and perplexity" if loss else "Differences", _rows_table(comparison, single=False)),
     ]
-    failures = [_failures_of(run.name, run.rows) for run in comparison.runs]
-    sections.append(html.section("Failures", *failures))
-    return html.page(title, ", ".join(f"{run.name}: {run.title}" for run in comparison.runs), sections)
+    if comparison.task_parts:
+        sections.append(html.section("Single tasks", _rows_table(comparison, single=True)))
+    if not loss:
+        failures = [html.fold(run.heading, *_failures(run.rows)) for run in comparison.runs]
+        sections.append(html.section("Failures", *failures))
+    lead = f"{comparison.runs[0].summary['task']}: {len(comparison.runs)} runs, differences to {comparison.base}"
+    return html.page(title, lead, sections)
 
 
 def write_comparison_report(comparison: Comparison, path: Path, *, title: str = "Comparison") -> None:
-    """Draw every run's heatmap and write the page of `comparison_report` to `path`, atomically.
+    """Draw the figures of all runs and write the page of `comparison_report` to `path`, atomically.
 
     Raises:
         OutputError: `path` cannot be written.
         DependencyError: matplotlib is missing.
     """
-    from ropepatch.plotting import figure_bytes, heatmap
+    from ropepatch.plotting import accuracy_curve, figure_bytes, heatmap, loss_by_position
 
-    image = figure_bytes(
-        heatmap([run.summary for run in comparison.runs], titles=[run.heading for run in comparison.runs])
-    )
-    write_atomic(path, comparison_report(comparison, image, title=title))
-
-
-def _difference_cells(row: Any) -> list[str]:
-    if row.difference is None:
-        return ["", "", "", ""]
-    return [
-        html.Number(f"{row.difference:+.3f}", row.difference),
-        html.Number(str(row.gained), row.gained),
-        html.Number(str(row.lost), row.lost),
-        html.Number(f"{row.p_value:.3g}", row.p_value),
-    ]
+    summaries, titles = [run.summary for run in comparison.runs], [run.heading for run in comparison.runs]
+    if comparison.measure == "loss":
+        figures = {"Loss by position": loss_by_position(summaries, titles=titles)}
+    else:
+        depths = any(cell["depth"] is not None for summary in summaries for cell in summary["cells"])
+        figures = {
+            "Accuracy by prompt length": accuracy_curve(summaries, titles=titles),
+            f"Accuracy by length and {'depth' if depths else 'task'}": heatmap(summaries, titles=titles),
+        }
+    images = {caption: figure_bytes(figure) for caption, figure in figures.items()}
+    write_atomic(path, comparison_report(comparison, images, title=title))
 
 
-def _failures_of(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    return html.subheading(name) + "\n" + "\n".join(_failures(rows))
-
-
-def _length_table(summary: Mapping[str, Any]) -> str:
-    headings = ["length", "n", "accuracy", "95 % interval", "forced accuracy", "mean log-probability"]
-    return html.table(headings, [[_number(row["length"]), *_score_cells(row)] for row in summary["by_length"]])
-
-
-def _cell_table(summary: Mapping[str, Any]) -> str:
-    headings = ["length", "depth", "n", "accuracy", "95 % interval", "forced accuracy", "mean log-probability"]
+def _runs_table(comparison: Comparison) -> str:
+    if comparison.measure == "loss":
+        words = {"perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+    else:
+        words = {name: word for name, word in AVERAGES.items() if any(name in run.summary for run in comparison.runs)}
     rows = [
-        [_number(cell["length"]), html.Number(f"{cell['depth']:g}", cell["depth"]), *_score_cells(cell)]
-        for cell in summary["cells"]
+        [
+            run.name,
+            run.title,
+            str(run.model),
+            *(_decimal(run.summary.get(name)) for name in words),
+            *([] if comparison.measure == "loss" else [_reach(run.summary[name]) for name in REACHES]),
+            _number(run.summary["trials"]),
+            html.Code(str(run.path)),
+        ]
+        for run in comparison.runs
     ]
-    return html.table(headings, rows)
+    reaches = ["documents"] if comparison.measure == "loss" else ["effective length", "self-relative", "trials"]
+    return html.table(["run", "patch", "model", *words.values(), *reaches, "folder"], rows)
 
 
-def _score_cells(row: Mapping[str, Any]) -> list[str]:
-    forced, logprob = row.get("forced_accuracy"), row.get("mean_logprob")
+def _differing(settings: Mapping[str, Sequence[Any]]) -> list[str]:
+    return [html.raw("Settings that differ, run by run", settings)] if settings else []
+
+
+def _rows_table(comparison: Comparison, *, single: bool) -> str:
+    """All rows: those of the single tasks, or those of all tasks together."""
+    loss = comparison.measure == "loss"
+    headings = [*(["task"] if single else []), "position" if loss else "length", "run", "documents" if loss else "n"]
+    headings += ["loss" if loss else "accuracy", "95 % interval", *(["perplexity"] if loss else [])]
+    headings += ["difference", "its interval", "shared", "better", "worse", "p", "p (Holm)"]
+    body = []
+    for row in comparison.rows:
+        if (row.part.task is not None) != single:
+            continue
+        body.append(
+            [
+                *([str(row.part.task)] if single else []),
+                html.Number(str(row.part), row.part.length or 0),
+                row.run,
+                _number(row.n),
+                _decimal(row.score, 4 if loss else 3),
+                _interval(row.ci_low, row.ci_high),
+                *([_decimal(perplexity(row.score))] if loss else []),
+                *_difference_cells(row),
+            ]
+        )
+    return html.table(headings, body)
+
+
+def _difference_cells(row: ComparisonRow) -> list[str]:
+    if row.difference is None or row.p_value is None or row.p_adjusted is None:
+        return [""] * 7
     return [
-        _number(row["n"]),
-        html.Number(f"{row['accuracy']:.3f}", row["accuracy"]),
-        _interval(row["ci_low"], row["ci_high"]),
-        "" if forced is None else html.Number(f"{forced:.3f}", forced),
-        "" if logprob is None else html.Number(f"{logprob:.2f}", logprob),
+        html.Number(f"{row.difference:+z.3f}", row.difference),
+        _interval(row.difference_low, row.difference_high, sign="+"),
+        *(_number(count or 0) for count in (row.shared, row.gained, row.lost)),
+        html.Number(f"{row.p_value:.3g}", row.p_value),
+        html.Number(f"{row.p_adjusted:.3g}", row.p_adjusted),
     ]
+
+
+def _score_table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Cells or lengths with their scores; a column for whatever they have."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "task": lambda entry: str(entry["task"]),
+        "length": lambda entry: _number(entry["length"]),
+        "depth": lambda entry: html.Number(f"{entry['depth']:g}", entry["depth"]),
+        "n": lambda entry: _number(entry["n"]),
+        "accuracy": lambda entry: _decimal(entry["accuracy"]),
+        "95 % interval": lambda entry: _interval(entry["ci_low"], entry["ci_high"]),
+        "forced accuracy": lambda entry: _decimal(entry["forced_accuracy"]),
+        "mean log-probability": lambda entry: _decimal(entry["mean_logprob"], 2),
+    }
+    fields = {"95 % interval": "ci_low", "forced accuracy": "forced_accuracy", "mean log-probability": "mean_logprob"}
+
+    def has(entry: Mapping[str, Any], heading: str) -> bool:
+        return entry.get(fields.get(heading, heading)) is not None
+
+    shown = [heading for heading in columns if any(has(entry, heading) for entry in entries)]
+    rows = [[columns[heading](entry) if has(entry, heading) else "" for heading in shown] for entry in entries]
+    return html.table(shown, rows)
 
 
 def _reach_note(summary: Mapping[str, Any]) -> str:
     return (
         f"Effective length (accuracy above {summary['effective_length_threshold']:.1%} at it and at every shorter "
-        f"length): {_tokens(summary['effective_length'])}. Against its own shortest length "
-        f"({summary['effective_length_relative_share']:.0%} of it): {_tokens(summary['effective_length_relative'])}. "
-        f"Trained length: {_tokens(summary['trained_length'])}."
+        f"length): {tokens(summary['effective_length'])}. Against its own shortest length "
+        f"({summary['effective_length_relative_share']:.0%} of it): {tokens(summary['effective_length_relative'])}. "
+        f"Trained length: {_trained(summary['trained_length'])}."
     )
+
+
+def _trained(length: int | None) -> str:
+    return "unknown" if length is None else tokens(length)
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -168,29 +208,59 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     # Spread over the grid rather than the first ones, which all share the shortest length.
     step = max(1, len(failed) // SAMPLE_FAILURES)
     sample = failed[::step][:SAMPLE_FAILURES]
+    several = len({row["task"] for row in rows}) > 1
+    depths = any(row["depth"] is not None for row in rows)
+    parts = any(row["correct"] > 0 for row in failed)
     cells = [
         [
+            *([str(row["task"])] if several else []),
             _number(row["length"]),
-            html.Number(f"{row['depth']:g}", row["depth"]),
+            *([_depth(row["depth"])] if depths else []),
             _number(row["trial"]),
-            html.Code(str(row.get("answer", ""))),
+            *([_decimal(row["correct"])] if parts else []),
+            html.Code(_answer(row.get("answer", ""))[:LONGEST_OUTPUT]),
             html.Code(str(row.get("output", ""))[:LONGEST_OUTPUT]),
         ]
         for row in sample
     ]
-    return [
-        html.note(f"{len(sample)} of {len(failed)} wrong trials (of {len(rows)} in all)."),
-        html.table(["length", "depth", "trial", "answer", "output"], cells),
+    headings = [
+        *(["task"] if several else []),
+        "length",
+        *(["depth"] if depths else []),
+        "trial",
+        *(["score"] if parts else []),
+        "answer",
+        "output",
     ]
+    wrong = "trials that are not wholly right" if parts else "wrong trials"
+    return [
+        html.note(f"{len(sample)} of {len(failed)} {wrong} (of {len(rows)} in all)."),
+        html.table(headings, cells),
+    ]
+
+
+def _answer(answer: Any) -> str:
+    return ", ".join(map(str, answer)) if isinstance(answer, (list, tuple)) else str(answer)
+
+
+def _depth(depth: float | None) -> str:
+    return "" if depth is None else html.Number(f"{depth:g}", depth)
 
 
 def _number(value: int) -> str:
     return html.Number(f"{value:,}", value)
 
 
-def _interval(low: float, high: float) -> str:
-    return html.Number(f"{low:.3f} – {high:.3f}", low)
+def _decimal(value: float | None, places: int = 3) -> str:
+    return "" if value is None else html.Number(f"{value:.{places}f}", value)
 
 
-def _tokens(length: int | None) -> str:
-    return "none" if length is None else f"{length:,} tokens"
+def _reach(length: int | None) -> str:
+    # No reach sorts below every length.
+    return html.Number("none", 0) if length is None else _number(length)
+
+
+def _interval(low: float | None, high: float | None, *, sign: str = "") -> str:
+    if low is None or high is None:
+        return ""
+    return html.Number(f"{low:{sign}z.3f} – {high:{sign}z.3f}", low)

@@ -52,12 +52,19 @@ class EvaluationResult:
         return pandas.DataFrame(self.trials)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """The heatmap of accuracy by length and depth; saved too when `path` is given (.png or .svg).
+        """The suite's first figure: the heatmap of accuracy, the loss by position, ...; saved too when `path` is given
+        (.png or .svg).
 
         Raises:
             DependencyError: matplotlib is not installed.
+            UsageError: `path` has another ending.
             OutputError: `path` cannot be written.
         """
-        from ropepatch.plotting import heatmap
+        from ropepatch.evaluation.folder import suite_of
+        from ropepatch.plotting import require_matplotlib, save_figure
 
-        return heatmap(self.summary, path=path)
+        require_matplotlib()
+        figure = next(iter(suite_of(self.configuration).figures(self.summary).values()))
+        if path is not None:
+            save_figure(figure, path)
+        return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ropepatch.evaluation.scoring import (
@@ -47,6 +47,54 @@ def summarise(rows: list[dict[str, Any]], configuration: dict[str, Any], *, titl
         "effective_length_relative": self_relative_length(by_length),
         "effective_length_relative_share": SELF_RELATIVE_SHARE,
     }
+
+
+def summarise_tasks(
+    rows: list[dict[str, Any]], configuration: dict[str, Any], tasks: Sequence[str], *, title: str | None = None
+) -> dict[str, Any]:
+    """The content of `summary.json` for a run of several tasks.
+
+    Args:
+        rows, configuration, title: as for `summarise`; each row has its `task`, and no depth.
+        tasks: their names, in the order of the tables.
+
+    Returns:
+        As `summarise`, but `by_length` is the mean over the tasks that have a trial at this length (`tasks` says how
+        many), each counting the same; its interval is Wilson's for that mean and all trials of the length, which is
+        wider than it had to be, since it knows nothing of tasks and parts of a point. Also `by_task` (one entry for
+        each task and length; `cells` are the same, with depth None) and, over the lengths, `average`, `average_inc`
+        and `average_dec`: the mean of `by_length`, and RULER's wAvg (inc) and wAvg (dec), whose weights rise or fall
+        linearly from the shortest length to the longest, by rank.
+    """
+    order = {task: number for number, task in enumerate(tasks)}
+    groups = _grouped(rows, lambda row: (order[row["task"]], row["length"]))
+    by_task = [{"task": group[0]["task"], "length": group[0]["length"], **_scores(group)} for _, group in groups]
+    by_length = []
+    for length, group in _grouped(rows, lambda row: row["length"]):
+        parts = [entry for entry in by_task if entry["length"] == length]
+        scores = _scores(group)
+        accuracy = sum(part["accuracy"] for part in parts) / len(parts)
+        low, high = wilson_interval(min(accuracy, 1.0) * len(group), len(group))
+        means = {"accuracy": accuracy, "ci_low": low, "ci_high": high}
+        by_length.append({"length": length, "tasks": len(parts), **scores, **means})
+    accuracies = [entry["accuracy"] for entry in by_length]
+    rising = range(1, len(accuracies) + 1)
+    return {
+        **summarise(rows, configuration, title=title),
+        "cells": [{"length": entry["length"], "depth": None, **entry} for entry in by_task],
+        "by_length": by_length,
+        "by_task": by_task,
+        "average": weighted_average(accuracies, [1] * len(accuracies)),
+        "average_inc": weighted_average(accuracies, rising),
+        "average_dec": weighted_average(accuracies, rising[::-1]),
+        "effective_length": effective_length(by_length),
+        "effective_length_relative": self_relative_length(by_length),
+    }
+
+
+def weighted_average(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The mean of the values, each counting by its weight."""
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
 def run_title(configuration: Mapping[str, Any]) -> str:

@@ -38,7 +38,9 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_compare_prints_a_table_markdown_or_json(folders: list[Path]) -> None:
     table = run("compare", *folders)
     assert table.exit_code == 0
-    assert "+1.00 p=0.12" in table.stdout
+    # One test of two has a p below 1: 0.125, twice that after Holm. The table is not cut where there is no terminal.
+    assert "1.00 [0.51, 1.00] n=4" in table.stdout
+    assert "+1.00 [+0.31, +1.00] p=0.25" in table.stdout
     assert "McNemar" in table.stdout
     assert run("compare", *folders, "--markdown").stdout.startswith("| length |")
     document = json.loads(run("compare", *folders, "--json").stdout)
@@ -50,6 +52,35 @@ def test_compare_writes_a_report(folders: list[Path], tmp_path: Path) -> None:
     assert result.exit_code == 0
     json.loads(result.stdout)
     assert "<!doctype html>" in (tmp_path / "page.html").read_text()
+
+
+def test_compare_writes_tables_of_trials(folders: list[Path], tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas", reason="tables are pandas's")
+    pytest.importorskip("pyarrow", reason="Parquet takes pyarrow")
+    files = tmp_path / "a.csv", tmp_path / "a.parquet"
+    result = run("compare", *folders, "--csv", files[0], "--parquet", files[1], "--json")
+    assert result.exit_code == 0
+    json.loads(result.stdout)
+    assert len(pandas.read_csv(files[0])) == len(pandas.read_parquet(files[1])) == 16
+
+
+def test_compare_prints_a_model_card_of_one_run_or_more(folders: list[Path]) -> None:
+    one = run("compare", folders[0], "--card")
+    assert one.exit_code == 0
+    assert one.stdout.startswith("## Long-context evaluation")
+    assert "ropepatch eval passkey --model tiny" in one.stdout
+    assert run("compare", *folders, "--card").stdout.count("```bash") == 2
+
+
+def test_compare_sorts_and_keeps_the_base(folders: list[Path]) -> None:
+    document = json.loads(run("compare", *folders, "--sort", "128", "--json").stdout)
+    assert [entry["name"] for entry in document["runs"]] == ["longer", "base"]
+    assert document["base"] == "base"
+
+
+def test_plot_draws_curves(folders: list[Path], tmp_path: Path) -> None:
+    assert run("plot", "curve", *folders, "-o", tmp_path / "a.svg").exit_code == 0
+    assert "trained length 64" in (tmp_path / "a.svg").read_text()
 
 
 def test_plot_draws_png_and_svg(folders: list[Path], tmp_path: Path) -> None:
@@ -66,7 +97,10 @@ def test_plot_draws_png_and_svg(folders: list[Path], tmp_path: Path) -> None:
         (("plot", "heatmap", "{base}", "--output", "{tmp}/a.gif"), 2, ".png or .svg"),
         (("plot", "heatmap", "{tmp}/none", "--output", "{tmp}/a.png"), 1, "no such folder"),
         (("plot", "heatmap", "{base}", "--output", "{tmp}/none/a.png"), 1, "annot write"),
+        (("plot", "loss", "{base}", "--output", "{tmp}/a.png"), 2, "did not measure"),
         (("compare", "{base}"), 2, "at least two"),
+        (("compare", "{base}", "{longer}", "--sort", "96"), 2, "name, effective, 64, 128"),
+        (("compare", "{base}", "{longer}", "--card", "--json"), 2, "choose one"),
         (("compare", "{base}", "{tmp}/none"), 1, "no such folder"),
         (("compare", "{base}", "{base}"), 2, "named twice"),
         (("compare", "{base}", "{longer}", "--json", "--markdown"), 2, "choose one"),
@@ -90,3 +124,21 @@ def test_a_verbs_file_loads_nothing_heavy(verb: str) -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'matplotlib', 'numpy')))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_plot_draws_attention_distances_from_json(tmp_path: Path) -> None:
+    shares = [[0.25, 0.25, 0.25]]
+    layer = {"path": "x", "first_tokens": [0.25], "shares": shares}
+    profile = {
+        "title": "a",
+        "length": 20,
+        "trained_length": 8,
+        "queries": [19],
+        "first_tokens": 4,
+        "buckets": [0, 1, 2],
+    }
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps({**profile, "layers": [layer]}))
+    assert run("plot", "distance", file, "--output", tmp_path / "a.png").exit_code == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert run("plot", "distance", tmp_path / "none.json", "--output", tmp_path / "b.png").exit_code == 1

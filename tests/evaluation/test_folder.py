@@ -227,7 +227,8 @@ def test_a_killed_process_loses_nothing_and_leaves_no_lock(tmp_path: Path) -> No
         from ropepatch.evaluation.folder import RunFolder
         folder = RunFolder.open({str(tmp_path)!r}, {CONFIGURATION!r})
         for trial in range(10**6):
-            folder.append({{"task": "passkey", "length": 32, "depth": 0.5, "trial": trial, "correct": 1.0, "output": "x" * 5000}})
+            row = {{"task": "passkey", "length": 32, "depth": 0.5, "trial": trial, "correct": 1.0}}
+            folder.append({{**row, "output": "x" * 5000}})
             print(trial, flush=True)
         """
     )

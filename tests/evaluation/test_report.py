@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_runs import YARN, make_run, trials
+from example_runs import YARN, make_loss_run, make_run, make_tasks_run, trials
 
 from ropepatch.evaluation.compare import compare
-from ropepatch.evaluation.report import comparison_report
+from ropepatch.evaluation.report import write_comparison_report
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\""
 
@@ -116,13 +116,62 @@ def test_a_long_output_is_cut(tmp_path: Path) -> None:
 def test_the_comparison_page_holds_all_runs(tmp_path: Path) -> None:
     before = make_run(tmp_path / "before", trials(lambda length, *_: float(length <= 64)))
     after = make_run(tmp_path / "after", trials(lambda *_: 1.0), patch=YARN, model=EVIL)
-    page = Page(comparison_report(compare([before, after]), b"\x89PNG", title="A & B"))
+    write_comparison_report(compare([before, after]), tmp_path / "page.html", title="A & B")
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
     assert [row[:2] for row in page.tables[0][1:]] == [["before", "unpatched"], ["after", "yarn (factor 2)"]]
     last = page.tables[1][-1]
     assert last[:4] == ["128", "after", "6", "1.000"]
-    assert last[5:] == ["+1.000", "6", "0", "0.0312"]
+    assert last[5:] == ["+1.000", "+0.448 – +1.000", "6", "6", "0", "0.0312", "0.0938"]
     assert "A & B" in page.text
-    assert [tag for tag, _ in page.elements].count("script") == 1
+    tags = [tag for tag, _ in page.elements]
+    assert (tags.count("script"), tags.count("img"), tags.count("details")) == (1, 2, 3)
+    assert json.loads(page.text.partition("run by run")[2].partition("Accuracy by")[0]) == {"model": ["tiny", EVIL]}
+    assert_nothing_is_fetched(page)
+    assert [row[0] for row in page.tables[2][1:]] == ["128"] * 6
+
+
+def test_single_tasks_have_their_own_table(tmp_path: Path) -> None:
+    runs = [make_tasks_run(tmp_path / name, lambda task, *_: 0.5 * (task == "vt")) for name in ("a", "b")]
+    write_comparison_report(compare(runs), tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    assert [len(table) - 1 for table in page.tables[:3]] == [2, 4, 12]
+    assert page.tables[2][-1][:5] == ["fwe", "128", "b", "4", "0.000"]
+    assert "Accuracy by length and task" in page.text
+    assert page.tables[3][0] == ["task", "length", "trial", "score", "answer", "output"]
+    assert "trials that are not wholly right" in page.text
+
+
+def test_losses_have_pages_too(tmp_path: Path) -> None:
+    losses = [[3.0, 2.0], [2.0, 1.5]]
+    runs = [make_loss_run(tmp_path / name, losses, finalize=True) for name in ("a", "b")]
+    write_comparison_report(compare(runs), tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text("utf-8"))
+    assert page.tables[1][0][:6] == ["position", "run", "documents", "loss", "95 % interval", "perplexity"]
+    assert page.tables[1][1][:4] == ["all", "a", "2", "2.1250"]
+    assert page.tables[1][1][5] == "8.373"
+    assert_nothing_is_fetched(page)
+    assert_nothing_is_fetched(Page((runs[0] / "report.html").read_text("utf-8")))
+
+
+def test_a_run_of_several_tasks_says_which(tmp_path: Path) -> None:
+    make_tasks_run(tmp_path / "run", lambda task, *_: float(task == "vt"), finalize=True)
+    page = Page((tmp_path / "run" / "report.html").read_text("utf-8"))
+    assert_nothing_is_fetched(page)
+    assert "niah_single_1" in page.text
+
+
+def test_numbers_carry_what_they_sort_by(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", trials(lambda *_: 1.0, lengths=(1024, 16384)), finalize=True)
+    page = Page((run / "report.html").read_text("utf-8"))
+    cells = [attributes.get("data-value") for tag, attributes in page.elements if tag == "td"]
+    assert cells[:3] == ["1024", "6", "1.0"]
+
+
+def assert_nothing_is_fetched(page: Page) -> None:
+    for tag, attributes in page.elements:
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
+        assert "href" not in attributes
 
 
 @pytest.mark.parametrize("lengths", [(32,), (32, 64)])
