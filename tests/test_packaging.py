@@ -109,7 +109,11 @@ def test_versions_name_what_a_result_depends_on() -> None:
 
 def test_the_wheel_ships_recipes_suites_and_the_typing_marker() -> None:
     shipped = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert shipped == {"recipes": "ropepatch/_data/recipes", "eval/suites": "ropepatch/_data/eval"}
+    assert shipped == {
+        "recipes": "ropepatch/_data/recipes",
+        "eval/suites": "ropepatch/_data/eval",
+        "eval/matrices": "ropepatch/_data/matrices",
+    }
     for source in shipped:
         assert any((ROOT / source).iterdir()), f"{source} is empty: a clean clone would not have it"
     assert (ROOT / "ropepatch" / "py.typed").is_file()
