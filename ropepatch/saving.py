@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropepatch import sidecar
+from ropepatch._card import with_section
 from ropepatch.errors import DependencyError, ModelLoadError, OutputError, RecordError, RopepatchError, UsageError
 from ropepatch.files import read_object
 from ropepatch.sources import model_source
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # What makes a folder loadable is moved last: until then nothing loads from it.
+_CARD = "README.md"
 _LAST = ("config.json", ADAPTER_FILE, sidecar.FILE)
 # The entries of a config that a patch may change.
 _RESTORED = frozenset(("rope_parameters", *LENGTH_NAMES))
@@ -34,6 +36,7 @@ def save_pretrained(
     path: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
+    card: str | None = None,
     push_to_hub: str | None = None,
     **kwargs: Any,
 ) -> Path:
@@ -47,6 +50,8 @@ def save_pretrained(
         model: a PreTrainedModel, a PeftModel (its adapters are saved, the base is named), or what wraps one.
         path: the folder; made if missing. Files in it that the model does not bring are left alone.
         tokenizer: saved too, when given.
+        card: Markdown for the model card (`README.md`), below what is said there of the patch, for one
+            `ropepatch.evaluation.model_card.card(ropepatch.compare([...]))`.
         push_to_hub: a hub repository ("owner/name") to upload the folder to afterwards.
         kwargs: for the model's own `save_pretrained` (`max_shard_size`, ...).
 
@@ -60,6 +65,7 @@ def save_pretrained(
     path = Path(path)
     with staged(path) as stage:
         _write(model, stage, tokenizer, kwargs)
+        _write_card(model, stage, path, card)
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 
@@ -186,6 +192,21 @@ def _write(model: Any, stage: Path, tokenizer: Any, kwargs: dict[str, Any]) -> N
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
     write_sidecar(host, stage, adapter)
+
+
+def _write_card(model: Any, stage: Path, path: Path, more: str | None) -> None:
+    """The model card of what is being saved, else of what is there, with the section of the patch."""
+    import ropepatch
+    from ropepatch.families import host_of
+
+    host = host_of(model)
+    side = sidecar_of(host, _adapter_config(model))
+    if side is None:
+        return
+    found = next((file for file in (stage / _CARD, path / _CARD) if file.is_file()), None)
+    before = found.read_text(encoding="utf-8") if found else ""
+    trained = ropepatch.inspect(host).trained_length
+    (stage / _CARD).write_text(with_section(before, side, trained, more), encoding="utf-8")
 
 
 def _adapter_config(model: nn.Module) -> Any:

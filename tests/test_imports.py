@@ -37,6 +37,7 @@ RANKS = {
     "": 7,
     "demo_model": 8,
     "loading": 11,
+    "_card": 3,
     "saving": 10,
     "exporting": 11,
     "gguf": 10,

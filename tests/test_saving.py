@@ -166,6 +166,21 @@ def test_shards_and_dtype(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
+    """Once, however often it is saved, and beside what others wrote."""
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    for method, more in (("linear", "outdated"), ("yarn", "| length | accuracy |")):
+        ropepatch.save_pretrained(patched(method), tmp_path, card=more)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n\n# Mine\n")
+    assert card.count("## Long context") == 1
+    for words in ("method `yarn`", '"factor": 4.0', "Trained length 64 tokens, target length 256 tokens", more):
+        assert words in card
+    assert "linear" not in card
+    assert "outdated" not in card
+    assert torch.equal(logits(ropepatch.from_pretrained(tmp_path)), logits(patched("yarn")))
+
+
 # -- adapters
 
 
