@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ropepatch._data import data_names
 from ropepatch.cli._matrix import is_first, run_matrix
 from ropepatch.cli._served import (
     ApiKeyEnvOption,
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
 
 def main(
     suite: Annotated[
-        str, typer.Argument(metavar="SUITE", help="A suite's name, or the path of a YAML file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SUITE", help=f"{', '.join(data_names('eval'))}, or the path of a YAML file.", show_default=False
+        ),
     ],
     model: Annotated[
         list[str],
@@ -82,7 +86,7 @@ def main(
     ] = "auto",
     text: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH ...", help="Text to hide things in, or to predict: files or folders of .txt."),
+        typer.Option(metavar="PATH ...", help="Text to hide things in or to predict: files, folders, datasets:NAME."),
     ] = None,
     chat_template: Annotated[
         bool | None,

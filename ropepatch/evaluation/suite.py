@@ -7,7 +7,6 @@ registered under its name. Adding one touches no list.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -155,14 +154,3 @@ class GridSuite(RetrievalSuite):
         from ropepatch.evaluation.task import Grid
 
         return Grid(self.lengths, self.depths, self.trials)
-
-
-def shipped_suites() -> dict[str, Any]:
-    """Suite files by name: from the installed package, else from the checkout."""
-    from importlib import resources
-
-    package = Path(__file__).resolve().parent.parent
-    for folder in (resources.files("ropepatch") / "_data" / "eval", package.parent / "eval" / "suites"):
-        if folder.is_dir():
-            return {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
-    return {}

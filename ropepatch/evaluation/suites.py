@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ropepatch.errors import OptionError, RecordError, UsageError, did_you_mean, unknown_name
-from ropepatch.evaluation.suite import SUITES, Suite, shipped_suites
+from ropepatch._data import data_names, find_data
+from ropepatch.errors import OptionError, RecordError, did_you_mean
+from ropepatch.evaluation.suite import SUITES, Suite
 
 
 def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Suite:
@@ -39,7 +40,7 @@ def load_suite(name: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
 def suite_names() -> list[str]:
     """The names of the shipped suites, sorted."""
-    return sorted(shipped_suites())
+    return list(data_names("eval"))
 
 
 def _problem(kind: type[Suite], details: Any) -> str:
@@ -53,16 +54,7 @@ def _problem(kind: type[Suite], details: Any) -> str:
 def _read(name: str | Path) -> dict[str, Any]:
     import yaml
 
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UsageError(f"no such suite file: {path}")
-        file: Any = path
-    else:
-        shipped = shipped_suites()
-        if str(name) not in shipped:
-            raise unknown_name("suite", str(name), shipped)
-        file = shipped[str(name)]
+    file = find_data("eval", str(name))
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

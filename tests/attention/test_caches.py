@@ -134,22 +134,25 @@ def test_sliding_layers_beside_truncated_ones_of_the_same_size() -> None:
     assert {layer.keys.shape[2] for layer in cache.layers} == {SINKS + WINDOW - 1}
 
 
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_quantised_cache(method: str) -> None:
-    """Eight bits a key: as near to one forward as the quantisation of the unpatched model's cache leaves it."""
-    model, stops = tiny_model("llama"), (40, 41, 42, 64)
-    plain = apart(through(model, fp8(model), IDS, 0, *stops), whole(model, IDS[:, :64]))
+def test_a_quantised_cache(method: str, backend: str) -> None:
+    """A few bits a key: as near to one forward as the quantisation of the unpatched model's cache leaves it."""
+    # Backends quantise groups of 64 numbers.
+    model, stops = tiny_model("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2), (40, 41, 42, 64)
+    plain = apart(through(model, quantised(model, backend), IDS, 0, *stops), whole(model, IDS[:, :64]))
     ropepatch.patch(model, method, **METHODS[method])
-    cache = fp8(model)
+    cache = quantised(model, backend)
     assert apart(through(model, cache, IDS, 0, *stops), whole(model, IDS[:, :64])) <= 3 * plain + TOLERANCE
     assert plain > TOLERANCE, "nothing was quantised"
 
 
-def fp8(model: Any) -> Any:
+def quantised(model: Any, backend: str) -> Any:
+    bits = {"quanto": {"nbits": 4, "residual_length": 16}, "hqq": {"nbits": 8, "residual_length": 16}}
     try:
-        return QuantizedCache("fp8", model.config)
-    except (ValueError, TypeError, KeyError) as error:
-        pytest.skip(f"this transformers has no quantised cache that needs no backend: {error}")
+        return QuantizedCache(backend, model.config, **bits.get(backend, {}))
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        pytest.skip(f"needs a transformers and a package that quantise with {backend}: {error}")
 
 
 # -- what is done to a cache

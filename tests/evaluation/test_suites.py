@@ -15,7 +15,9 @@ def test_the_shipped_passkey_suite() -> None:
     assert suite.task == "passkey"
     assert (suite.digits, suite.seed, suite.chat_template, suite.text) == (5, 0, False, None)
     assert suite.lengths == tuple(sorted(suite.lengths))
-    assert "passkey" in suite_names()
+    names = ["copy", "far_context", "key_value", "needle", "passkey", "perplexity", "ruler"]
+    assert suite_names() == names
+    assert [load_suite(name).task for name in names] == names
 
 
 def test_overrides_replace_and_none_does_not() -> None:
@@ -29,7 +31,7 @@ def test_a_suite_by_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("task: passkey\nlengths: [200]\ndepths: [0.5]\ntrials: 1\ndigits: 7\n")
     assert load_suite(path).digits == 7
-    with pytest.raises(UsageError, match="No such suite file"):
+    with pytest.raises(UsageError, match="No evaluation suite file"):
         load_suite(tmp_path / "other.yaml")
 
 
