@@ -61,6 +61,13 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def skip_unless_savable(model: Any) -> None:
+    try:
+        model.config.validate()
+    except KeyError as error:
+        pytest.skip(f"needs a transformers that can save scalings per layer type ({error} is looked for at the top)")
+
+
 METHODS = [
     info.name
     for info in ropepatch.methods()
@@ -106,6 +113,7 @@ FAMILIES = {
 def test_families(tmp_path: Path, model_type: str, method: str) -> None:
     keywords = {"on_scaled": "replace"} if model_type == "gpt_oss" else {}
     model = patched(method, model_type, **keywords)
+    skip_unless_savable(model)
     ropepatch.save_pretrained(model, tmp_path)
     assert torch.equal(logits(ropepatch.from_pretrained(tmp_path)), logits(model))
 

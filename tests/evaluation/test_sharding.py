@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def _run(folder: Path, program: Path, launcher: list[str]) -> list[list[Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    # Two processes write to one pipe: their lines may run together.
+    return [json.loads(part) for part in re.findall(r"RESULT (\[[^]]*\])", done.stdout)]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
