@@ -23,7 +23,7 @@ def report(run: Mapping[str, Any], summary: Mapping[str, Any], results: Sequence
         summary: the content of `summary.json`.
         results: the suite's own sections, ready HTML.
     """
-    patch = run.get("patch")
+    patch, served = run.get("patch"), run["configuration"].get("endpoint")
     lead = f"{run.get('model')}, {summary['title']}: {summary['trials']} trials, {run.get('created')}"
     configuration = {name: value for name, value in run["configuration"].items() if name != "patch"}
     patch_brief = {name: value for name, value in (patch or {}).items() if name not in ("sites", "versions")}
@@ -34,7 +34,9 @@ def report(run: Mapping[str, Any], summary: Mapping[str, Any], results: Sequence
             *results,
             html.section(
                 "Patch",
-                html.definitions(patch_brief) if patch else html.note("None: the model as it was loaded."),
+                html.definitions(patch_brief)
+                if patch
+                else html.note("Unknown: the model is served." if served else "None: the model as it was loaded."),
                 *([html.raw("The whole patch record", patch)] if patch else []),
             ),
             html.section("Configuration", html.definitions(configuration)),

@@ -98,10 +98,13 @@ def weighted_average(values: Sequence[float], weights: Sequence[float]) -> float
 
 
 def run_title(configuration: Mapping[str, Any]) -> str:
-    """What a run is called in tables and figures: "unpatched", or its method with the options that are not default."""
+    """What a run is called in tables and figures: "unpatched", or its method with the options that are not default.
+
+    Of a served model nobody knows how it was loaded: "served".
+    """
     patch = configuration.get("patch")
     if not patch:
-        return "unpatched"
+        return "served" if configuration.get("endpoint") else "unpatched"
     import ropepatch
 
     known = next((method for method in ropepatch.methods() if method.name == patch["method"]), None)
@@ -111,7 +114,8 @@ def run_title(configuration: Mapping[str, Any]) -> str:
         for name, value in patch.get("options", {}).items()
         if value is not None and (name not in defaults or defaults[name] != value)
     )
-    return f"{patch['method']} ({options})" if options else str(patch["method"])
+    title = f"{patch['method']} ({options})" if options else str(patch["method"])
+    return f"{title} over {patch['base']['method']}" if patch.get("base") else title
 
 
 def trained_length(configuration: Mapping[str, Any]) -> int | None:
