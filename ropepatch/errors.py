@@ -175,6 +175,12 @@ def did_you_mean(given: str, names: Iterable[str]) -> str | None:
     return "did you mean " + " or ".join(repr(lowered[name]) for name in near) + "?"
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line without its end mark; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".: ") if lines else type(error).__name__
+
+
 def unknown_name(kind: str, given: str, names: Iterable[str]) -> UnknownNameError:
     """The error for a name that is not among `names`, with near names suggested."""
     names = sorted(names)

@@ -70,7 +70,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            os.chmod(name, 0o666 & ~umask())  # mkstemp makes files that only their owner can read
             os.replace(name, path)
         except BaseException:
             os.unlink(name)
@@ -84,7 +84,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomic(path, to_json(value, indent=2) + "\n")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permission bits that new files of this process do not get."""
     mask = os.umask(0)  # the only portable way to read it is to set it
     os.umask(mask)
     return mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from ropepatch.errors import ModelLoadError, OptionError, RopepatchError
+from ropepatch.errors import ModelLoadError, OptionError, RopepatchError, first_line
 from ropepatch.saving import from_pretrained, is_saved_patched, tokenizer_source
 from ropepatch.sources import model_source as model_source
 
@@ -59,7 +59,7 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype
     except RopepatchError:
         raise
     except Exception as error:  # transformers, safetensors, tokenizers and huggingface_hub raise a dozen types
-        raise ModelLoadError(f"cannot load {name_or_path}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot load {name_or_path}: {first_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -111,8 +111,3 @@ def _device() -> torch.device:
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".: ") if lines else type(error).__name__

@@ -53,9 +53,8 @@ class PatchRecord:
     undo: list[Any] = field(default_factory=list, repr=False)
 
     def arguments(self) -> dict[str, Any]:
-        """What makes the same patch again, as plain data: `ropepatch.sidecar.Patch` is its schema."""
+        """What makes the same patch again, as plain data, in the words of `ropepatch.sidecar.Patch`."""
         return {
-            "schema_version": SCHEMA_VERSION,
             "method": self.method,
             "options": dict(self.options),
             "original_length": self.given_length,

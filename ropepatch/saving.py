@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ropepatch import sidecar
 from ropepatch._card import with_section
-from ropepatch.errors import DependencyError, ModelLoadError, OutputError, RecordError, RopepatchError, UsageError
-from ropepatch.files import read_object
+from ropepatch.errors import (
+    DependencyError,
+    ModelLoadError,
+    OutputError,
+    RecordError,
+    RopepatchError,
+    UsageError,
+    first_line,
+)
+from ropepatch.files import read_object, umask
 from ropepatch.sources import model_source
 from ropepatch.surgery._lengths import LENGTH_NAMES
 from ropepatch.surgery._sidecar import ADAPTER_FILE, IN_NAME, LEARNED_FILE, sidecar_of, write_sidecar
@@ -64,8 +72,7 @@ def save_pretrained(
     """
     path = Path(path)
     with staged(path) as stage:
-        _write(model, stage, tokenizer, kwargs)
-        _write_card(model, stage, path, card)
+        _write(model, stage, tokenizer, path / _CARD, card, kwargs)
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 
@@ -105,7 +112,7 @@ def from_pretrained(path_or_id: str | os.PathLike[str], *, base_model: str | Non
     except RopepatchError:
         raise
     except Exception as error:  # transformers, peft, safetensors and huggingface_hub raise a dozen types
-        raise ModelLoadError(f"cannot load {path_or_id}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot load {path_or_id}: {first_line(error)}") from error
 
 
 def is_saved_patched(path_or_id: str | os.PathLike[str]) -> bool:
@@ -149,7 +156,7 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield stage
         if not path.exists():
-            stage.chmod(0o777 & ~_umask())
+            stage.chmod(0o777 & ~umask())
             os.rename(stage, path)
             return
         _move_over(stage, path)
@@ -177,7 +184,7 @@ def _move_over(stage: Path, path: Path) -> None:
         os.replace(file, target)
 
 
-def _write(model: Any, stage: Path, tokenizer: Any, kwargs: dict[str, Any]) -> None:
+def _write(model: Any, stage: Path, tokenizer: Any, card: Path, more: str | None, kwargs: dict[str, Any]) -> None:
     from ropepatch.families import host_of
 
     host = host_of(model)
@@ -191,22 +198,19 @@ def _write(model: Any, stage: Path, tokenizer: Any, kwargs: dict[str, Any]) -> N
     saver.save_pretrained(stage, **kwargs)
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
-    write_sidecar(host, stage, adapter)
+    if side is not None:
+        write_sidecar(host, stage, side)
+        _write_card(host, side, stage / _CARD, card, more)
 
 
-def _write_card(model: Any, stage: Path, path: Path, more: str | None) -> None:
-    """The model card of what is being saved, else of what is there, with the section of the patch."""
+def _write_card(host: Any, side: sidecar.Sidecar, card: Path, before: Path, more: str | None) -> None:
+    """Put the section of the patch into the model card that is being saved, else into a copy of the one before."""
     import ropepatch
-    from ropepatch.families import host_of
 
-    host = host_of(model)
-    side = sidecar_of(host, _adapter_config(model))
-    if side is None:
-        return
-    found = next((file for file in (stage / _CARD, path / _CARD) if file.is_file()), None)
-    before = found.read_text(encoding="utf-8") if found else ""
+    found = next((file for file in (card, before) if file.is_file()), None)
+    text = found.read_text(encoding="utf-8") if found else ""
     trained = ropepatch.inspect(host).trained_length
-    (stage / _CARD).write_text(with_section(before, side, trained, more), encoding="utf-8")
+    card.write_text(with_section(text, side, trained, more), encoding="utf-8")
 
 
 def _adapter_config(model: nn.Module) -> Any:
@@ -390,14 +394,3 @@ def _patch_again(model: Any, patch: sidecar.Patch, learned: dict[str, torch.Tens
                 )
             value.copy_(learned[name])
     return model
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".: ") if lines else type(error).__name__
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -215,8 +215,6 @@ def _former_work(folder: Path) -> dict[str, Any] | None:
 
 
 def _order(row: Row) -> tuple[str, int, float, int]:
-    from ropepatch.evaluation.task import Place
-
     return Place.of(row).order
 
 

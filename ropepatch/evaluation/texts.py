@@ -57,10 +57,8 @@ def read_text(source: str | Path, *, tokens: int | None = None) -> RealText:
     if str(source).startswith(DATASETS):
         return _named(_read_rows(str(source), tokens), str(source))
     path = Path(source)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise PromptError(f"the folder {path} holds no .txt file")
-    return _named("\n\n".join(filter(None, (_read_file(file) for file in files))), str(path))
+    texts = (read_file(file).strip() for file in text_files(path))
+    return _named("\n\n".join(filter(None, texts)), str(path))
 
 
 def default_text() -> RealText:
@@ -91,7 +89,24 @@ def _named(text: str, path: str) -> RealText:
     return RealText(text, path, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _read_file(file: Path) -> str:
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or every .txt file in a folder and below it, in the order of their paths.
+
+    Raises:
+        PromptError: a folder without one.
+    """
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise PromptError(f"the folder {path} holds no .txt file")
+    return files
+
+
+def read_file(file: Path) -> str:
+    """A text file as it stands, with line ends of one kind.
+
+    Raises:
+        PromptError: unreadable, or not UTF-8 text.
+    """
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -102,7 +117,7 @@ def _read_file(file: Path) -> str:
         text = data.decode("utf-8-sig")
     except ValueError as error:
         raise PromptError(f"{file} is not UTF-8 text: {error}") from error
-    return text.replace("\r\n", "\n").strip()
+    return text.replace("\r\n", "\n")
 
 
 def _read_rows(source: str, tokens: int | None) -> str:

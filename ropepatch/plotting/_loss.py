@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ropepatch.errors import UsageError
 from ropepatch.plotting._dependency import require_matplotlib
 from ropepatch.plotting._figures import figure_format, save_figure
+from ropepatch.plotting._heatmap import run_titles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,10 +51,7 @@ def loss_by_position(
     runs = [summaries] if isinstance(summaries, Mapping) else list(summaries)
     if path is not None:
         figure_format(path)
-    if titles is None:
-        titles = [str(run.get("title", f"run {number}")) for number, run in enumerate(runs, start=1)]
-    if len(titles) != len(runs):
-        raise UsageError("there must be one title for each run", given=list(titles), allowed=f"{len(runs)} titles")
+    titles = run_titles(runs, titles)
     if not any(run.get("by_position") for run in runs):
         raise UsageError("there is no loss by position to draw", given=f"{len(runs)} summaries")
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")

@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from ropepatch.record import PatchRecord
-from ropepatch.sidecar import CONFIG_KEY
+from ropepatch.sidecar import CONFIG_KEY, SCHEMA_VERSION
 from ropepatch.surgery._changes import Change, ConfigChange
-from ropepatch.surgery._sidecar import write_sidecar
+from ropepatch.surgery._sidecar import sidecar_of, write_sidecar
 
 REFUSAL = "ropepatch: load this folder with ropepatch.from_pretrained"
 _WAY = "_attn_implementation"
@@ -30,7 +30,7 @@ _RUN_TIME = "_attn_implementation_internal"
 def carry(host: Any, record: PatchRecord) -> list[Any]:
     """Write the patch into the model's config and watch its adapters. These changes come after all others of the record
     and are undone first."""
-    entry = {**record.arguments(), "config_before": _config_before(host, record.undo)}
+    entry = {"schema_version": SCHEMA_VERSION, **record.arguments(), "config_before": _config_before(host, record.undo)}
     changes: list[Any] = [ConfigChange.apply(host, "", CONFIG_KEY, entry)]
     if record.seam == "attention":
         changes.append(SavedEntryChange.apply(host, _WAY, REFUSAL))
@@ -94,7 +94,9 @@ class SavesPatch:
 
     def __call__(self, save_directory: str, **kwargs: Any) -> None:
         type(self.adapter).save_pretrained(self.adapter, save_directory, **kwargs)
-        write_sidecar(self.host, Path(save_directory), self.adapter)
+        side = sidecar_of(self.host, self.adapter)
+        if side is not None:
+            write_sidecar(self.host, Path(save_directory), side)
 
 
 def _watch_adapters(host: Any, prefix: str, keep_vars: bool) -> None:

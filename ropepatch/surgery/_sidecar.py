@@ -18,24 +18,17 @@ ADAPTER_FILE = "adapter_config.json"
 IN_NAME = f".{LEARNED}."
 
 
-def write_sidecar(host: Any, folder: Path, adapter: Any = None) -> bool:
-    """Write what the model's own `save_pretrained` leaves out: `ropepatch.json`, and for an adapter the parameters that
-    the patch learns, into a folder that it has written.
+def write_sidecar(host: Any, folder: Path, side: sidecar.Sidecar) -> None:
+    """Write what the model's own `save_pretrained` leaves out into a folder that it has written: `ropepatch.json`, and
+    the parameters that the patch learns.
 
     Args:
         host: the transformers model.
-        adapter: the PEFT config of the adapter whose folder this is; None for a whole model.
-
-    Returns:
-        Whether there was anything to write: False for a model that is not patched.
+        side: what `sidecar_of` says of it.
 
     Raises:
-        UsageError: a part of the model was patched by itself.
         OutputError: the folder cannot be written.
     """
-    side = sidecar_of(host, adapter)
-    if side is None:
-        return False
     if side.learned is not None:
         from safetensors.torch import save
 
@@ -47,11 +40,18 @@ def write_sidecar(host: Any, folder: Path, adapter: Any = None) -> bool:
             folder / ADAPTER_FILE, {**entries, sidecar.CONFIG_KEY: "patched: load with ropepatch.from_pretrained"}
         )
     write_json(folder / sidecar.FILE, side.model_dump(mode="json"))
-    return True
 
 
 def sidecar_of(host: Any, adapter: Any = None) -> sidecar.Sidecar | None:
-    """The content of `ropepatch.json` for a live model; None for one that is not patched. Arguments as above."""
+    """The content of `ropepatch.json` for a live model; None for one that is not patched.
+
+    Args:
+        host: the transformers model.
+        adapter: the PEFT config of the adapter that is saved; None for a whole model.
+
+    Raises:
+        UsageError: a part of the model was patched by itself.
+    """
     record = next((vars(m)[RECORD_ATTRIBUTE] for m in host.modules() if RECORD_ATTRIBUTE in vars(m)), None)
     if record is None:
         return None

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ropepatch.errors import PromptError
 from ropepatch.evaluation.prompt import Ids, TextEncoder
-from ropepatch.evaluation.texts import DATASETS, default_text, read_text
+from ropepatch.evaluation.texts import DATASETS, default_text, read_file, read_text, text_files
 
 LONG_SPEECH = 150_000
 """Bytes that a speech has at least to be among the documents that are measured by default."""
@@ -153,26 +153,15 @@ def _documents(source: str, tokens: int | None) -> list[Document]:
     if source.startswith(DATASETS):
         return [Document(source, source, read_text(source, tokens=tokens).text)]
     path = Path(source)
-    if not path.is_dir():
-        return [Document(path.name, str(path), _read(path))]
-    files = sorted(path.rglob("*.txt"))
-    if not files:
-        raise PromptError(f"the folder {path} holds no .txt file")
-    return [Document(file.relative_to(path).as_posix(), str(file), _read(file)) for file in files]
+    return [
+        Document(file.relative_to(path).as_posix() if path.is_dir() else path.name, str(file), _read(file))
+        for file in text_files(path)
+    ]
 
 
 def _read(path: Path) -> str:
     # Not stripped, as a haystack is: perplexity is that of the text as it stands.
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"cannot read the text {path}: {error.strerror or error}") from error
-    try:
-        if b"\0" in data:
-            raise ValueError("it holds zero bytes")
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except ValueError as error:
-        raise PromptError(f"{path} is not UTF-8 text: {error}") from error
+    text = read_file(path)
     if not text.strip():
         raise PromptError(f"the text {path} is empty")
     return text
