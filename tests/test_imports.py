@@ -45,9 +45,9 @@ RANKS = {
     "testing": 11,
     "plotting": 8,
     "evaluation": 12,
-    "training": 12,
-    "cli": 13,
-    "__main__": 14,
+    "training": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 # compat names ropepatch's own version, and the root's lazy table names every home.
 EXCEPTIONS = {("compat", "")}

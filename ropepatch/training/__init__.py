@@ -1,0 +1,1 @@
+"""Recipes: from one YAML file to an adapted model."""
