@@ -30,7 +30,7 @@ def build_skeleton(name: str) -> Any:
             f"cannot read the config of {name!r} ({_first_line(error)})",
             hint="give a folder with a config.json of a model that transformers knows, a hub id, or demo:smollm2",
         ) from error
-    model_class = _class_of(config)
+    model_class = class_of(config)
     try:
         with no_init_weights():
             model = model_class._from_config(config).eval()
@@ -49,7 +49,12 @@ def _write_computed_tables(model: Any) -> None:
             model._init_weights(model.get_submodule(site.path))
 
 
-def _class_of(config: Any) -> Any:
+def class_of(config: Any) -> Any:
+    """The transformers class that a config describes: the one it names, else that of its kind.
+
+    Raises:
+        ModelLoadError: transformers has none.
+    """
     import transformers
 
     for name in config.architectures or ():

@@ -1,0 +1,1 @@
+"""Pictures of how a model knows order: tables, rotations, biases and remapped distances."""
