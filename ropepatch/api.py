@@ -21,7 +21,7 @@ from ropepatch.methods._base import METHODS, FrequencyMethod, MethodOptions
 from ropepatch.methods._info import option_table
 from ropepatch.methods._options import parse_options
 from ropepatch.record import RECORD_ATTRIBUTE, PatchRecord
-from ropepatch.surgery import alibi, attention, frequencies
+from ropepatch.surgery import alibi, attention, frequencies, relative
 from ropepatch.surgery._carry import carry
 from ropepatch.surgery._changes import revert_all
 from ropepatch.surgery._lengths import trained_length
@@ -138,6 +138,10 @@ def patch(
     sites = discover(host)
     if alibi.takes(sites, entry):
         record = _patch_alibi(host, entry, parsed, original_length, verify, layer_types, layers, base)
+        return _finish(model, host, record, original_length, layer_types, layers)
+    if relative.takes(sites, entry):
+        _refuse_words(layer_types=layer_types, layers=layers, base=base, on_scaled=on_scaled)
+        record = _patch_relative(host, entry, parsed, original_length, verify)
         return _finish(model, host, record, original_length, layer_types, layers)
     if isinstance(entry, AttentionMethod):
         record = _patch_attention(
@@ -261,6 +265,30 @@ def _patch_alibi(
         becomes=entry.becomes if isinstance(entry, AttentionMethod) and entry.becomes != "alibi" else None,
         undo=done.changes,
     )
+
+
+def _patch_relative(
+    host: Any, entry: Any, options: MethodOptions, original_length: int | None, verify: bool
+) -> PatchRecord:
+    done = relative.apply(host, entry, options, original_length=original_length, verify=verify)
+    return PatchRecord(
+        method=entry.name,
+        options=options.model_dump(),
+        seam="attention",
+        mechanism="relative_bias",
+        original_length=done.original_length,
+        target_length=done.target_length,
+        on_scaled=None,
+        sites=done.sites,
+        versions=compat.versions(),
+        undo=done.changes,
+    )
+
+
+def _refuse_words(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise OptionError(f"{name} speaks of rotary positions, and this model has none", given=value)
 
 
 def _refuse_attention_words(entry: FrequencyMethod, layers: Any, base: Any) -> None:

@@ -10,9 +10,9 @@ from ropepatch.methods._base import FactorOptions, Frequencies, RotaryGeometry, 
     aliases=("pi",),
     options=FactorOptions,
     paper="arXiv 2306.15595",
-    summary="divide every frequency by the factor",
+    summary="divide every frequency, slope or bucketed distance by the factor",
     rope_type="linear",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "relative_bias"),
 )
 def linear(geometry: RotaryGeometry, options: FactorOptions) -> Frequencies:
     """f_i / s. Crowds the high frequencies: weak without finetuning."""
