@@ -261,9 +261,15 @@ def _weights(name: str) -> Any:
     if is_saved_patched(source):
         return from_pretrained(source)
     import transformers
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         return class_of(config).from_pretrained(source).eval()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelLoadError(f"cannot load {name}: {first_line(error)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
