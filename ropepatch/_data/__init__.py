@@ -1,7 +1,8 @@
 """Recipes, evaluation suites and matrices: found by path, else by name, from the installed wheel and a checkout alike.
 
 The wheel carries them beside this file (`recipes/`, `eval/`, `matrices/`); in a checkout they lie at its root
-(`recipes/`, `eval/suites/`, `eval/matrices/`), which is where an editable install finds them.
+(`recipes/`, `eval/suites/`, `eval/matrices/`), which is where an editable install finds them. Configurations of
+accelerate lie in `recipes/accelerate/`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,24 @@ from typing import Literal
 
 from ropepatch.errors import UsageError, unknown_name
 
-Kind = Literal["recipes", "eval", "matrices"]
+Kind = Literal["recipes", "accelerate", "eval", "matrices"]
 
 _SUFFIXES = (".yaml", ".yml")
-_SINGULAR: dict[Kind, str] = {"recipes": "recipe", "eval": "evaluation suite", "matrices": "matrix"}
-_IN_CHECKOUT: dict[Kind, str] = {"recipes": "recipes", "eval": "eval/suites", "matrices": "eval/matrices"}
+_SINGULAR: dict[Kind, str] = {
+    "recipes": "recipe",
+    "accelerate": "launch configuration",
+    "eval": "evaluation suite",
+    "matrices": "matrix",
+}
+_IN_WHEEL: dict[Kind, str] = {
+    "recipes": "recipes",
+    "accelerate": "recipes/accelerate",
+    "eval": "eval",
+    "matrices": "matrices",
+}
+_IN_CHECKOUT: dict[Kind, str] = {**_IN_WHEEL, "eval": "eval/suites", "matrices": "eval/matrices"}
+# Configurations of accelerate lie among the recipes, and are none.
+_LEFT_OUT: dict[Kind, str] = {"recipes": "accelerate/"}
 
 
 def data_names(kind: Kind) -> tuple[str, ...]:
@@ -27,7 +41,7 @@ def find_data(kind: Kind, name: str) -> Path:
     """The YAML file that `name` means.
 
     Args:
-        kind: "recipes", "eval" or "matrices".
+        kind: "recipes", "accelerate", "eval" or "matrices".
         name: an explicit path (it has a folder separator or ends in .yaml or .yml and exists), or a name of
             `data_names(kind)`, with or without its suffix.
 
@@ -52,13 +66,15 @@ def _named(kind: Kind) -> dict[str, Path]:
     for root in _roots(kind):
         if root.is_dir():
             files = sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES)
-            return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
+            found = {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
+            left_out = _LEFT_OUT.get(kind)
+            return {name: path for name, path in found.items() if left_out is None or not name.startswith(left_out)}
     return {}
 
 
 def _roots(kind: Kind) -> list[Path]:
     here = Path(__file__).resolve().parent
-    roots = [here / kind]
+    roots = [here / _IN_WHEEL[kind]]
     checkout = here.parent.parent
     # Without this check an unrelated `recipes` folder in site-packages would count as ours.
     if (checkout / "pyproject.toml").is_file():

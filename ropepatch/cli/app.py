@@ -1,9 +1,9 @@
 """The `ropepatch` command: a group that imports a verb's module only when that verb runs.
 
 Convention: the verb `name` lives in `ropepatch/cli/<name>.py` (a dash there is an underscore) as one plain function
-`main` with typer annotations; its docstring is the verb's help. `VERBS` holds the one-line helps, so `ropepatch --help`
-imports no verb at all. Verbs raise `RopepatchError`; the group's error boundary turns it into one line and an exit
-status.
+`main` with typer annotations; its docstring is the verb's help. A verb with verbs of its own has a `typer.Typer` of
+that name instead. `VERBS` holds the one-line helps, so `ropepatch --help` imports no verb at all. Verbs raise
+`RopepatchError`; the group's error boundary turns it into one line and an exit status.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ VERBS = {
     "eval": "Run an evaluation and write its results to a folder.",
     "lm-eval": "Run tasks of lm-evaluation-harness on a model, patched or not.",
     "compare": "Show evaluation runs side by side, with intervals.",
+    "train": "Adapt a model as a recipe says, and measure what that did.",
+    "recipes": "List, show, copy and validate recipes.",
     "export": "Write a patched model as a plain checkpoint.",
     "plot": "Draw a figure from evaluation runs.",
     "demo": "Patch and measure a real pretrained model, offline.",
@@ -79,8 +81,12 @@ def spread(arguments: list[str], option: str) -> list[str]:
 
 
 def load_verb(name: str) -> Any:
-    """Import the verb's module and make its `main` a command called `name`."""
+    """Import the verb's module and make its `main` a command, or a group of them, called `name`."""
     module = importlib.import_module(f"ropepatch.cli.{name.replace('-', '_')}")
+    if isinstance(module.main, typer.Typer):
+        group = typer.main.get_command(module.main)
+        group.name = name
+        return group
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(module.main)
     return typer.main.get_command(single)
@@ -128,6 +134,6 @@ def root(
 command = typer.main.get_command(app)
 
 
-def main() -> None:
-    """The console script."""
-    command(prog_name="ropepatch")
+def main(arguments: list[str] | None = None) -> None:
+    """The console script; `arguments` are those of the command line by default."""
+    command(args=arguments, prog_name="ropepatch")

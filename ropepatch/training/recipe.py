@@ -92,13 +92,16 @@ class ChatSource(Section):
     """Conversations (a column of role and content messages) through the model's chat template.
 
     Attributes:
+        path: JSON Lines or Parquet, a folder of them, or `datasets:owner/name[:config][:split]`.
         assistant_only: the loss counts what the assistant says, and nothing else.
+        packed: as many whole conversations as fit into a window; otherwise one, padded.
     """
 
     kind: Literal["chat"]
     path: str
     column: str = "messages"
     assistant_only: bool = True
+    packed: bool = True
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -171,7 +174,7 @@ class Stage(Section):
 
 
 class EarlyStop(Section):
-    """Stop when the training loss, averaged over `window` steps, has not fallen by `min_delta` for `patience` windows."""
+    """Stop when the training loss, a mean over `window` steps, has not fallen by `min_delta` for `patience` windows."""
 
     window: Annotated[int, Field(ge=1)] = 20
     patience: Annotated[int, Field(ge=1)] = 3
