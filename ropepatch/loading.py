@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 class LoadedModel(NamedTuple):
@@ -30,8 +30,8 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: str | torch.dtype
 
     Args:
         name_or_path: `demo:smollm2`, a folder with config, weights and tokenizer, or a hub id.
-        dtype: of the weights: "float32", "bfloat16", or "auto" (the default), which is bfloat16 where the processor
-            computes in it and float32 elsewhere. `inv_freq` stays float32.
+        dtype: of the weights: "float32", "bfloat16", "float16", or "auto" (the default), which is bfloat16 where the
+            processor computes in it and float32 elsewhere. `inv_freq` stays float32.
 
     Raises:
         ModelLoadError: the folder or hub model is missing, incomplete or corrupt.
@@ -78,7 +78,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype that a name means; "auto" and None choose by the processor.
 
     Raises:
-        OptionError: not one of "auto", "bfloat16", "float32".
+        OptionError: not one of "auto", "bfloat16", "float16", "float32".
     """
     import torch
 
@@ -89,6 +89,8 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
             return torch.bfloat16 if _computes_in_bfloat16() else torch.float32
         case "bfloat16":
             return torch.bfloat16
+        case "float16":
+            return torch.float16
         case "float32":
             return torch.float32
     raise OptionError("unknown dtype", given=dtype, allowed=DTYPES)

@@ -532,6 +532,13 @@ def test_the_command(tmp_path: Path, tiny_model_folder: Path) -> None:
     as_json = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert as_json["output"] == str(file)
     assert as_json["rope_parameters"]["llama.rope.scaling.factor"] == 4
+    assert CliRunner().invoke(app, [*words, "--dtype", "float16", "--tokenizer-pre", "tekken"]).exit_code == 0
+    found = gguf.GGUFReader(file)
+    assert keys(found)["tokenizer.ggml.pre"] == "tekken"
+    assert {tensor.tensor_type.name for tensor in found.tensors} == {"F16", "F32"}
+    result = CliRunner().invoke(app, ["export", str(tiny_model_folder), "-o", "x", "--tokenizer-pre", "tekken"])
+    assert result.exit_code == 2
+    assert "--tokenizer-pre is for --format gguf" in " ".join(result.output.split())
 
 
 # -- a real llama.cpp

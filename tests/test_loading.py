@@ -30,7 +30,7 @@ def shrink(weights: dict[str, torch.Tensor]) -> None:
     weights[name] = weights[name][:3].clone()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_folder_loads_with_model_and_tokenizer(tiny_model_folder: Path, dtype: torch.dtype) -> None:
     model, tokenizer = load_model(tiny_model_folder, dtype=str(dtype).removeprefix("torch."))
     assert model.dtype == dtype
@@ -49,7 +49,7 @@ def test_a_folder_loads_with_model_and_tokenizer(tiny_model_folder: Path, dtype:
 def test_auto_chooses_one_of_the_two() -> None:
     assert resolve_dtype("auto") == resolve_dtype(None)
     assert resolve_dtype("auto") in (torch.float32, torch.bfloat16)
-    with pytest.raises(OptionError, match="auto, bfloat16, float32"):
+    with pytest.raises(OptionError, match="auto, bfloat16, float16, float32"):
         resolve_dtype("float99")
 
 

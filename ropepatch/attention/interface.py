@@ -10,7 +10,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ropepatch.attention import blocks, chunked, flex
 from ropepatch.attention.kept import drop_middle, kept_slots
 from ropepatch.attention.layer import Layer
 from ropepatch.attention.memo import MOST_QUERIES, CacheNotes
+from ropepatch.attention.part import Part
 from ropepatch.attention.positions import Places, locate, masked_documents
 from ropepatch.attention.scheme import unrotated
 from ropepatch.attention.visibility import Visibility
@@ -31,6 +32,7 @@ NAME = "ropepatch"
 SEAM = "ropepatch_seam"
 LEARNED = "ropepatch_bias"
 OWNER = "ropepatch_owner"
+KERNEL = "ropepatch_kernel"
 
 
 def register() -> None:
@@ -46,13 +48,14 @@ def register() -> None:
 
 @dataclass
 class Call:
-    """The arguments of the model's call that is running."""
+    """The arguments of the model's call that is running; those of the whole sequence where it holds a part of one."""
 
     position_ids: Tensor | None
     attention_mask: Any
     notes: CacheNotes | None
     cache: Any = None
     places: Places = field(default_factory=Places)
+    part: Part | None = None
 
 
 class _Running(threading.local):
@@ -134,7 +137,7 @@ def after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """Forward hook of the same module; called also when the forward failed, with no output."""
     del args, kwargs
     call = _RUNNING.calls.pop()
-    if output is None or call.notes is None:
+    if output is None or call.notes is None or call.part is not None:
         return
     owner: Owner = module.__dict__[OWNER]
     cache = call.cache
@@ -150,6 +153,24 @@ def after_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         drop_middle(cache, places, *owner.keep)
     if places.stated and places.positions is not None:
         notes.note(cache, places.positions[:, : _length(cache)])
+
+
+def begin_part(part: Part) -> None:
+    """Let the call of the model that begins now be one on a part of a sequence.
+
+    Where the model has seams its own call has begun already; `end_part` ends the call of one that has none.
+    """
+    if part.scheme is not None:
+        _RUNNING.calls.append(Call(part.position_ids, part.attention_mask, None, part=part))
+        return
+    call = _RUNNING.calls[-1]
+    call.position_ids, call.attention_mask, call.part = part.position_ids, part.attention_mask, part
+
+
+def end_part(part: Part) -> None:
+    """The end of what `begin_part` has begun."""
+    if part.scheme is not None:
+        _RUNNING.calls.pop()
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -233,6 +254,19 @@ def mask(
     if isinstance(attention_mask, Visibility):
         return attention_mask
     device = device if device is not None else getattr(attention_mask, "device", torch.device("cpu"))
+    rule = compat.mask_rule(mask_function)
+    call = _RUNNING.calls[-1] if _RUNNING.calls else None
+    part = call.part if call is not None else None
+    if part is not None:
+        # transformers has seen a part only: of the whole, what it says of sizes, padding and documents is not true.
+        q_length = kv_length = part.length
+        attention_mask, rule = part.attention_mask, replace(rule, documents=part.documents)
+        if rule.other or not rule.causal:
+            raise UnsupportedModelError(
+                "the model's attention mask is neither causal, a sliding window, chunks nor packed documents, so a "
+                "sequence cannot be split over processes",
+                hint="set train.context_parallel to 1",
+            )
     # A static cache counts in a tensor that it goes on writing to.
     start = int(q_offset)
     stop = start + q_length
@@ -247,8 +281,6 @@ def mask(
         "device": device,
         **more,
     }
-    rule = compat.mask_rule(mask_function)
-    call = _RUNNING.calls[-1] if _RUNNING.calls else None
     notes = call.notes if call is not None else None
     kept = notes.kept if notes is not None else None
     q_slots = torch.arange(start, stop, device=device)
@@ -289,7 +321,7 @@ def mask(
     if call is not None:
         call.places = places
     positions, documents = places.positions, places.documents
-    return Visibility(
+    seen = Visibility(
         q_positions=positions[:, start:stop] if positions is not None else q_slots[None],
         k_positions=positions[:, k_slots] if positions is not None else k_slots[None],
         q_slots=q_slots,
@@ -302,7 +334,9 @@ def mask(
         causal=rule.causal,
         cache=notes,
         made_from=arguments if call is None else None,
+        part=part,
     )
+    return seen if part is None or part.queries is None else seen.of_queries(part.queries.to(device))
 
 
 def _around(outside: Tensor, call: Call, past: int, batch: int) -> Visibility:
@@ -375,27 +409,47 @@ def attention(
             "an attention layer of a patched model got a mask from elsewhere, so its positions are unknown",
             given=type(attention_mask).__name__ if attention_mask is None else list(attention_mask.shape),
         )
+    seen, heard = attention_mask, _RUNNING.heard
+    part = seen.part
     layer = Layer(
-        scheme=unrotated(),
+        scheme=part.scheme if part is not None and part.scheme is not None else unrotated(),
         scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout if module.training else 0.0,
     )
-    seen = attention_mask
-    heard = _RUNNING.heard
     seam = module.__dict__.get(SEAM)
     number = None
     if seam is not None:
         layer = replace(layer, scheme=seam.scheme, rotary=seam.rotary, layout=seam.layout)
         layer = replace(layer, learned=getattr(module, LEARNED, None))
         number = seam.number
-    elif heard is None:
+    elif heard is None and (part is None or part.scheme is None):
         raise UnsupportedModelError("an attention layer that the patch has not seen", given=type(module).__name__)
     if heard is not None:
         heard(WatchedCall(module, query.detach(), key.detach(), layer, seen))
-    out = attend(query, key, value, layer, seen, number=number, layer_index=getattr(module, "layer_idx", None))
+    query, key, value = _as_autocast(query, key, value)
+    # Scores and their statistics are float32 whatever autocast would make of the products.
+    with _without_autocast(query.device):
+        if part is not None:
+            out = part.exchange(attend, query, key, value, layer, seen)
+        else:
+            kernel = module.__dict__.get(KERNEL, attend)
+            out = kernel(query, key, value, layer, seen, number=number, layer_index=getattr(module, "layer_idx", None))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast all in its dtype, as torch's own attention has them: a rotation has made some of them float32."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def attend(

@@ -41,6 +41,7 @@ class Visibility:
         causal: False where the model lets tokens look ahead.
         cache: what keeps the keys of this call's past, or None.
         made_from: the mask function's arguments, where it ran before the model's call and must run again within it.
+        part: how queries of this process reach keys that other processes hold (`part.Part`), or None.
     """
 
     q_positions: Tensor
@@ -55,6 +56,7 @@ class Visibility:
     causal: bool = True
     cache: Any = None
     made_from: dict[str, Any] | None = None
+    part: Any = None
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     # Masks are passed around by their dimensions: transformers takes a 4-D mask as finished.

@@ -29,7 +29,7 @@ def main(
     ),
     trials: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of each length and depth.")] = GRID.trials,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or auto: bfloat16 where it is fast.")
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto: bfloat16 where it is fast.")
     ] = "auto",
 ) -> None:
     """Patch and measure a real pretrained model, offline.

@@ -82,7 +82,7 @@ def main(
         list[str] | None, typer.Option("--option", metavar="K=V", help="Another setting of the suite; may be repeated.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or auto: bfloat16 where it is fast.")
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto: bfloat16 where it is fast.")
     ] = "auto",
     text: Annotated[
         list[str] | None,

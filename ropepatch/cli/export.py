@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from ropepatch.cli._shared import (
     print_json,
     say,
 )
+from ropepatch.errors import UsageError
 
 
 def main(
@@ -28,7 +29,16 @@ def main(
     patch: PatchOption = None,
     settings: SetOption = None,
     form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="transformers, or gguf.")] = "transformers",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto.")] = "auto",
+    tokenizer_pre: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer-pre",
+            metavar="NAME",
+            help="gguf: llama.cpp's name for how the tokenizer cuts text, where it is not known.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a patched model as a plain checkpoint: transformers, vLLM and SGLang load it without ropepatch.
@@ -48,9 +58,12 @@ def main(
     from ropepatch.loading import load_model
 
     check_format(form)
+    if tokenizer_pre is not None and form != "gguf":
+        raise UsageError("--tokenizer-pre is for --format gguf", given=f"--format {form}")
     subject, tokenizer = load_model(model, dtype=dtype)
     apply_patch(subject, patch, options)
-    done = export(subject, output, form, tokenizer=tokenizer)
+    words: dict[str, Any] = {} if tokenizer_pre is None else {"tokenizer_pre": tokenizer_pre}
+    done = export(subject, output, form, tokenizer=tokenizer, **words)
     if as_json:
         print_json(
             {

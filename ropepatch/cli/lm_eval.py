@@ -55,7 +55,7 @@ def main(
         bool, typer.Option("--log-samples", help=f"Write every example with its outputs to {SAMPLES} too.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, or auto: bfloat16 where it is fast.")
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16, float16, or auto: bfloat16 where it is fast.")
     ] = "auto",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of everything. [default: lm-eval's]")] = None,
     as_json: JsonOption = False,

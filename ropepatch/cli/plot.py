@@ -20,7 +20,7 @@ from ropepatch.cli._shared import (
 )
 from ropepatch.errors import UsageError, unknown_name
 
-FOLDER_KINDS = ("curve", "distance", "heatmap", "loss")
+FOLDER_KINDS = ("curve", "distance", "heatmap", "loss", "training")
 KINDS = (*FOLDER_KINDS, *ORDER_KINDS)
 
 
@@ -52,8 +52,8 @@ def main(
 
     Of evaluation folders. heatmap: accuracy by length and depth (or task), one panel a run, all on one scale. curve:
     accuracy against length, one line a run, with intervals. loss: loss against position, of perplexity runs. distance:
-    where the heads look, from files of `attention_distance(...).to_dict()`. A run that is still going, or was
-    interrupted, is drawn with the trials that it has.
+    where the heads look, from files of `attention_distance(...).to_dict()`. training: loss against step, of folders of
+    `ropepatch train`. A run that is still going, or was interrupted, is drawn with what it has.
 
     Of a model, before and after a patch. table: its position table. likeness: the cosine of all pairs of rows. decay:
     what is left of a match over the distance. wavelengths: of every plane, against the trained length. planes: where
@@ -100,6 +100,12 @@ def _draw_folders(kind: str, folders: list[Path], output: Path) -> None:
 
     if kind == "distance":
         plotting.distance_heatmap([read_object(file) for file in folders], path=output)
+        return
+    if kind == "training":
+        from ropepatch.training.log import read_folder
+
+        logs = [read_folder(folder) for folder in folders]
+        plotting.training_curve(logs, titles=[str(folder) for folder in folders], path=output)
         return
     runs = [read_run(folder) for folder in folders]
     wanted = "loss" if kind == "loss" else "accuracy"

@@ -8,6 +8,7 @@ from ropepatch.plotting._distance import distance_heatmap
 from ropepatch.plotting._figures import figure_bytes, save_figure
 from ropepatch.plotting._heatmap import heatmap
 from ropepatch.plotting._loss import loss_by_position, loss_heatmap
+from ropepatch.plotting._training import training_curve
 
 __all__ = [
     "accuracy_curve",
@@ -18,4 +19,5 @@ __all__ = [
     "loss_heatmap",
     "require_matplotlib",
     "save_figure",
+    "training_curve",
 ]

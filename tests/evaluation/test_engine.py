@@ -307,6 +307,175 @@ def test_models_patched_in_the_attention_seam(method: str, options: dict[str, An
         _check(net, queries, list(engine.run(queries, visits=visits)))
 
 
+def _families(net: Any) -> list[Query]:
+    """Prompts of a grid: several of each depth, of nearly one length; answers right, wrong at once, wrong later."""
+    draw = np.random.default_rng(5)
+    trunk = draw.integers(5, 500, 90).tolist()
+    queries = []
+    for cut in (10, 80):
+        for more in range(5):
+            prompt = trunk[:cut] + draw.integers(5, 500, 120 - cut + more).tolist()
+            answer = _greedy(net, prompt, 3)
+            if more < 3:
+                answer[more] = (answer[more] + 1) % 500
+            queries.append(_query(prompt, answer))
+    queries.append(_query(queries[-1].prompt.tolist(), [7, 8, 9]))  # the same prompt, another answer
+    queries.append(_query([*queries[-1].prompt.tolist(), 7], [8, 9]))  # the same sequence, cut elsewhere
+    return queries
+
+
+def _forwards(net: Any, queries: list[Query], **options: Any) -> tuple[list[Outcome], list[int], Engine]:
+    """The outcomes in the order of the queries, and the rows of every forward that reads prompts."""
+    rows: list[int] = []
+    with Engine(net, **options) as engine:
+        visits = engine.prepare(queries)
+        hook = net.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: rows.append(len(args[0])) if args[0].shape[1] > 1 else None
+        )
+        outcomes = sorted(engine.run(queries, visits=visits), key=lambda outcome: outcome.index)
+        hook.remove()
+    return outcomes, rows, engine
+
+
+def _alike(found: list[Outcome], wanted: list[Outcome]) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.index, ours.generated, ours.forced) == (theirs.index, theirs.generated, theirs.forced)
+        assert ours.logprob == pytest.approx(theirs.logprob, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "patch"),
+    [
+        ("llama", None),
+        ("gemma3", None),
+        ("gpt2", None),
+        ("falcon", None),
+        ("llama", ("yarn", {"factor": 2})),
+        ("gemma3", ("linear", {"factor": 2})),
+        ("llama", ("self_extend", {"factor": 2, "window": 24})),
+        ("gemma3", ("self_extend", {"factor": 2, "window": 24})),
+        ("llama", ("dynamic_ntk", {})),
+        ("llama", ("alibi", {})),
+        ("llama", ("streaming", {"sinks": 2, "window": 30, "truncate": False})),
+    ],
+)
+def test_siblings_are_read_side_by_side(kind: str, patch: tuple[str, dict[str, Any]] | None) -> None:
+    net = model(kind)
+    if patch is not None:
+        ropepatch.patch(net, patch[0], original_length=64, **patch[1])
+    queries = _families(net)
+    alone, rows, engine = _forwards(net, queries, together=False)
+    assert set(rows) == {1}
+    few = engine.work.tokens_computed - engine.work.trie_size
+    assert 0 <= few <= 4  # ends of sequences that are read again: another answer, or cut elsewhere
+    found, rows, engine = _forwards(net, queries)
+    # The first prompt opens the way for the other four of its depth; the next depth follows one of these.
+    assert rows[:2] == [1, 4]
+    assert len(rows) <= 6
+    assert sum(rows) >= 11
+    assert engine.work.tokens_computed <= engine.work.trie_size + few + 8
+    _alike(found, alone)
+    if patch is None:
+        _check(net, queries, found)
+    seconds = [outcome.elapsed for outcome in found]
+    assert min(seconds) > 0
+
+
+def test_side_by_side_only_where_rows_do_not_meet() -> None:
+    """Rows of a batch that disturb each other are found out by trying."""
+    net = model("llama")
+    queries = _families(net)
+    expected, _, _ = _forwards(net, queries)
+    hook = net.model.layers[0].register_forward_hook(lambda module, args, out: out + 0.3 * (out - out.flip(0)))
+    found, rows, engine = _forwards(net, queries)
+    hook.remove()
+    assert engine.reuse
+    assert set(rows) == {1}
+    _alike(found, expected)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_out_of_memory_side_by_side(fails: int) -> None:
+    """The first or the second batch fails half-way: its prompts are read one by one, in halves of the chunk."""
+    net = model("llama")
+    queries = _families(net)
+    expected, _, _ = _forwards(net, queries, together=False)
+    seen = 0
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal seen
+        batch = len(args[0] if args else kwargs["hidden_states"])
+        seen += batch > 1
+        if batch > 1 and seen == fails + 1:  # the first is the trial
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = net.model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+    found, _, _ = _forwards(net, queries)
+    handle.remove()
+    assert seen >= fails + 1
+    _alike(found, expected)
+
+
+def test_out_of_memory_while_a_branch_is_decoded() -> None:
+    net = model("llama")
+    queries = _families(net)
+    expected, _, _ = _forwards(net, queries, together=False)
+    left = [1]
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if branched and hidden.shape[1] == 1 and left:
+            left.pop()
+            raise MemoryError
+
+    branched: list[int] = []
+    net.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: branched.append(1) if len(args[0]) == 4 else None
+    )
+    net.model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+    found, _, _ = _forwards(net, queries)
+    assert not left
+    _alike(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_branches_of_a_reader(kind: str) -> None:
+    net = model(kind)
+    draw = np.random.default_rng(2)
+    trunk, rests = (
+        draw.integers(5, 500, 40, dtype=np.int32),
+        [draw.integers(5, 500, n, dtype=np.int32) for n in (9, 30)],
+    )
+    keep = [9, 2]
+    with torch.no_grad():
+        wanted = [
+            net(torch.from_numpy(np.concatenate([trunk, rest]).astype("int64"))[None]).logits[0] for rest in rests
+        ]
+        reader = Reader(net, chunk_size=4096, unmasked=False)
+        reader.extend(trunk, keep=1)
+        for found, logits, kept in zip(reader.branch(rests, keep), wanted, keep, strict=True):
+            torch.testing.assert_close(found, logits[-kept:], atol=1e-4, rtol=1e-4)
+        assert reader.length == 40
+        for row in (1, 0, 1):  # in any order, more than once
+            reader.follow(row, 5)
+            assert reader.length == 45
+            found = reader.extend(rests[row][5:], keep=3)
+            torch.testing.assert_close(found, wanted[row][-3:], atol=1e-4, rtol=1e-4)
+        reader.follow(0, 0)
+        found = reader.extend(rests[0], keep=1)
+        torch.testing.assert_close(found, wanted[0][-1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_has_bounds() -> None:
+    reader = Reader(model("llama"), chunk_size=100, unmasked=False)
+    assert reader.has_room(4, 25, 10, 3)
+    assert not reader.has_room(4, 26, 10, 3)  # tokens of a forward
+    assert not reader.has_room(4, 25, 2**15, 3)  # keys of a layer
+    reader.chunk_size = 2**20
+    assert reader.has_room(30, 1000, 1000, 3) is False  # elements of a mask
+    assert reader.has_room(8, 1000, 1000, 3)
+
+
 def test_end_tokens() -> None:
     net = model("llama")
     net.generation_config.eos_token_id = [3, 4]

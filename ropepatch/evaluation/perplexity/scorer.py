@@ -19,9 +19,10 @@ from ropepatch.evaluation.limits import check_length, length_dependent_rope
 from ropepatch.evaluation.perplexity.loss import Losses, token_losses
 from ropepatch.evaluation.plain import full_logits
 from ropepatch.evaluation.prompt import Ids
+from ropepatch.families import host_of
 
-LOGIT_ELEMENTS = 2**25
-"""Most logits at once: 128 MiB in float32. A vocabulary of 49,152 gives 682 rows."""
+LOGIT_BYTES = 2**27
+"""Most logits at once: 128 MiB. A vocabulary of 49,152 gives 682 rows in float32, 1,365 in bfloat16."""
 
 _MASK_ELEMENTS = 2**24
 _PROBE = 48
@@ -72,7 +73,7 @@ class Scorer:
         parameters = forward_parameters(model)
         self.model = model
         self.chunk_size = chunk_size
-        self.rows = max(1, min(chunk_size, LOGIT_ELEMENTS // vocabulary_size(model)))
+        self.rows = max(1, min(chunk_size, LOGIT_BYTES // (vocabulary_size(model) * host_of(model).dtype.itemsize)))
         self.pieces = False
         self.reason: str | None = None
         self.tokens_computed = 0

@@ -146,6 +146,17 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     np.testing.assert_allclose(nll, expected.numpy(), rtol=1e-5)
 
 
+def test_of_equal_logits_the_first_is_the_most_likely() -> None:
+    logits = torch.randint(0, 3, (200, 7), generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = np.arange(200) % 7
+    _, hits = token_losses(logits, targets)
+    expected = [
+        int(row.tolist().index(max(row.tolist()))) == target for row, target in zip(logits, targets, strict=True)
+    ]
+    assert hits.tolist() == expected
+    assert {True, False} == set(expected)
+
+
 def _net(kind: str) -> Any:
     """`softcap` is Gemma 2: caps on scores and logits, sliding windows; `granite` scales its logits."""
     import transformers as t
@@ -175,7 +186,7 @@ def test_scorer_equals_one_forward(kind: str, rows: int | None) -> None:
     expected = -logits.log_softmax(-1)[range(89), ids[1:].astype("int64")].numpy()
     with pytest.MonkeyPatch.context() as patch:
         if rows is not None:
-            patch.setattr("ropepatch.evaluation.perplexity.scorer.LOGIT_ELEMENTS", rows * 512)
+            patch.setattr("ropepatch.evaluation.perplexity.scorer.LOGIT_BYTES", rows * 512 * 4)
         with scorer(net, ids, chunk_size=4096) as ready:
             assert ready.pieces == (kind != "mamba")
             assert (ready.reason is None) == ready.pieces
@@ -206,7 +217,7 @@ def test_windows_equal_brute_force(kind: str, n: int, window: int, data: Any, bo
     assume(len(ids) > 1)
     suite = PerplexitySuite(task="perplexity", window=window, stride=stride, bos=bos)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ropepatch.evaluation.perplexity.scorer.LOGIT_ELEMENTS", 7 * 512)
+        patch.setattr("ropepatch.evaluation.perplexity.scorer.LOGIT_BYTES", 7 * 512 * 4)
         patch.setattr("ropepatch.evaluation.perplexity.job.default_documents", lambda: [Document("x", "x", text)])
         made = PerplexityJob(net, tokenizer(name), suite)
         (row,) = made.rows(made.places(), Ranks(), progress=False)

@@ -1,0 +1,1 @@
+"""Several processes: a sequence split over them, weights sharded over them."""
