@@ -6,8 +6,7 @@ batch is expected to fit into the time that is left. A cell without a trial has 
 gives every cell one trial. The trials of a batch are run together, so that they share prefixes.
 
 Before each trial it is asked whether it is likely to end in time; where it is not, cheaper cells are tried. So the
-budget is exceeded by one trial at most, or by those read in one forward, and only where they took longer than those
-before them.
+budget is exceeded by one trial at most, and only by one that took longer than those before it.
 """
 
 from __future__ import annotations

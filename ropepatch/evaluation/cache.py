@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ropepatch.attention.interface import OWNER
-from ropepatch.evaluation.branches import Branches
 from ropepatch.evaluation.prompt import Ids
 from ropepatch.families import host_of
 
 _MASK_ELEMENTS = 2**24
 _LOGIT_ELEMENTS = 2**25
-# Keys that one layer hands out to a batch, in tokens: 48 MiB for SmolLM2-135M, 256 MiB for an 8B LLaMA.
-_KEY_TOKENS = 2**16
 SMALLEST_CHUNK = 16
 
 
@@ -38,7 +34,6 @@ class Reader:
 
     Attributes:
         length: tokens read and kept.
-        trunk: how many of them the continuations share that `branch` has read.
         on_tokens: called with (start, end) for every block of positions computed.
 
     Raises:
@@ -60,8 +55,6 @@ class Reader:
                 "its patch lets the cache go of tokens, so it cannot be cut back (truncate=false keeps them)"
             )
         self._cache: Any = _croppable_cache(model.config)
-        self._branches: Branches | None = None
-        self.trunk = 0
 
     def extend(self, ids: Ids, keep: int) -> torch.Tensor:
         """Read further tokens.
@@ -88,51 +81,6 @@ class Reader:
         assert logits is not None
         return logits[0, -keep:]
 
-    def has_room(self, rows: int, rest: int, trunk: int, keep: int) -> bool:
-        """Whether `branch` may read so many rows of `rest` tokens after `trunk`, `keep` predictions of each."""
-        tokens, kept = rows * rest, keep if self._last_rows_only else rest
-        return (
-            tokens <= self.chunk_size
-            and rows * (trunk + rest) <= _KEY_TOKENS
-            and (self._unmasked or tokens * (trunk + rest) <= _MASK_ELEMENTS)
-            and rows * kept * vocabulary_size(self.model) <= _LOGIT_ELEMENTS
-        )
-
-    def branch(self, rests: Sequence[Ids], keep: Sequence[int]) -> list[torch.Tensor]:
-        """Read several continuations of what was read, side by side in one forward. None of them stays: see `follow`.
-
-        Shorter ones are filled up behind their end, where nothing of theirs can see it.
-
-        Args:
-            rests: token ids that follow what was read (at least one token), each shape [n], n >= keep.
-            keep: for each, the number of last tokens whose predictions are wanted, at least 1.
-
-        Returns:
-            For each its logits, [keep, vocabulary], in the model's dtype.
-        """
-        longest = max(map(len, rests))
-        rows = np.stack([np.pad(rest, (0, longest - len(rest)), mode="edge") for rest in rests])
-        tokens = torch.from_numpy(rows.astype("int64")).to(input_device(self.model))
-        wanted = longest - min(len(rest) - rows for rest, rows in zip(rests, keep, strict=True))
-        options = {"logits_to_keep": wanted} if self._last_rows_only else {}
-        self._branches, self.trunk = Branches(self._cache), self.length
-        logits = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, **options).logits
-        self._branches.follow(0, 0)
-        first = longest - logits.shape[1]
-        for rest in rests:
-            self.on_tokens(self.length, self.length + len(rest))
-        return [
-            logits[row, len(rest) - kept - first : len(rest) - first]
-            for row, (rest, kept) in enumerate(zip(rests, keep, strict=True))
-        ]
-
-    def follow(self, row: int, tokens: int) -> None:
-        """Go on with a continuation that `branch` has read: what was read before it, and its first `tokens` tokens."""
-        if self._branches is None:
-            raise RuntimeError("branch comes before follow")
-        self._branches.follow(row, tokens)
-        self.length = self.trunk + tokens
-
     def rewind(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
         if length < self.length:
@@ -145,7 +93,6 @@ class Reader:
     def reset(self) -> None:
         """Forget everything, also after a forward that failed half-way."""
         self._cache = _croppable_cache(self.model.config)
-        self._branches = None
         self.length = 0
 
     def _blocks(self, n: int, keep: int) -> list[int]:

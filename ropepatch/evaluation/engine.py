@@ -4,8 +4,6 @@ For every prompt the engine gives what the model generates greedily, and how lik
 and answer are read in one go: the logits over the answer are its teacher-forced score, and as long as the most likely
 token is the answer's, they are also what greedy generation would have produced; only from the first difference on does
 the engine decode token by token.
-
-A prefix that several prompts share is read once. What is left of them is read side by side where that is worth it.
 """
 
 from __future__ import annotations
@@ -26,12 +24,10 @@ from ropepatch.evaluation.chunked_attention import chunked_attention
 from ropepatch.evaluation.limits import check_length, length_dependent_rope
 from ropepatch.evaluation.plain import full_logits, generate_plain
 from ropepatch.evaluation.prompt import Ids
-from ropepatch.evaluation.trie import WORTH, Visit, siblings, trie_size, walk
+from ropepatch.evaluation.trie import Visit, trie_size, walk
 
 DEFAULT_CHUNK = 4096
 _PROBE = 48
-# What was generated, whether the answer is forced, its log-probability.
-_Answered = tuple[list[int], bool, float]
 # What models raise when a text is handed to them in pieces and they do not support it.
 REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -65,8 +61,7 @@ class Outcome:
         generated: greedy tokens, as far as they were needed.
         forced: whether every answer token is the most likely one after prompt and preceding answer tokens.
         logprob: log-probability of the answer given the prompt, in nats, summed over its tokens in float32.
-        elapsed: seconds of work for this query: shared prefixes are charged to the query that met them first, and what
-            was read side by side in equal parts.
+        elapsed: seconds of work for this query, shared prefixes charged to the query that met them first.
     """
 
     index: int
@@ -84,9 +79,7 @@ class Work:
         trie_size: distinct prefixes of the queries' sequences (prompt and answer, without its last token).
         sum_of_prompts: tokens of these sequences without any sharing.
         tokens_computed: tokens of them that went through the model. Where prefixes are shared this is `trie_size`, and
-            one more for each prompt that lies wholly within an earlier sequence: its last token is read again. What is
-            read side by side begins at the prefix that all of it shares, so two of these may repeat a few tokens that
-            only they share.
+            one more for each prompt that lies wholly within an earlier sequence: its last token is read again.
         tokens_decoded: further tokens, generated one by one after a wrong answer token.
     """
 
@@ -101,10 +94,6 @@ class Engine:
     """Runs queries on one model. Use it in a `with` block: it may select a faster exact attention meanwhile.
 
     Attributes:
-        chunk_size: most tokens in one forward.
-        together: read the rests of prompts that share a prefix side by side, where trying on a few tokens gives the
-            logits of plain forwards.
-        on_tokens: called with (start, end) for every block of positions computed.
         reuse: whether prefixes are shared; decided by trying on a prompt's first tokens that a cache which
             was cut back and extended gives the logits of a plain forward.
         reason: why not, when they are not.
@@ -113,7 +102,6 @@ class Engine:
 
     model: nn.Module
     chunk_size: int = DEFAULT_CHUNK
-    together: bool = True
     on_tokens: Callable[[int, int], None] = field(default=unheard)
     reuse: bool = field(default=False, init=False)
     reason: str | None = field(default=None, init=False)
@@ -127,7 +115,6 @@ class Engine:
             )
         self._stack = ExitStack()
         self._reader: Reader | None = None
-        self._branching = False
         self._decoding = False
         self._remembers_length = False
 
@@ -150,7 +137,6 @@ class Engine:
             UnsupportedModelError: a query is longer than the model's table of positions.
         """
         longest = max(len(q.prompt) + len(q.answer) - 1 for q in queries)
-        self._branching = False
         check_length(self.model, longest)
         rope = length_dependent_rope(self.model, longest)
         # transformers' dynamic scaling remembers the longest input; a short one makes it forget.
@@ -164,8 +150,6 @@ class Engine:
         else:
             self._choose(max((q.sequence for q in queries), key=len)[:_PROBE])
         visits = walk([q.sequence for q in queries])
-        if self._reader is not None and self.together and len(visits) > 1:
-            self._branching = self._may_branch(self._reader, max((q.sequence for q in queries), key=len)[:_PROBE])
         self.work.trie_size += trie_size(visits)
         self.work.sum_of_prompts += sum(visit.length * len(visit.members) for visit in visits)
         return visits
@@ -216,106 +200,21 @@ class Engine:
         Raises:
             RopepatchError: a query does not fit into memory even in small pieces.
         """
-        visits = visits if visits is not None else self.prepare(queries)
-        begin = 0
-        while begin < len(visits):
-            end, trunk = self._siblings(queries, visits, begin)
-            family = visits[begin:end]
-            began = time.perf_counter()
-            read = self._read_together(queries, family, trunk) if trunk else None
-            share = (time.perf_counter() - began) / len(family)
-            for row, visit in enumerate(family):
-                known: dict[tuple[int, bytes], _Answered] = {}
-                shared, charged = visit.shared, share
-                for index in visit.members:
-                    query = queries[index]
-                    stop = _Stop(query, end_tokens)
-                    began, charged = time.perf_counter() - charged, 0.0
-                    # The same sequence may still be another query: cut elsewhere, or with another last answer token.
-                    same = (len(query.prompt), query.answer.tobytes())
-                    if same not in known:
-                        found = self._answer_branch(query, row, read[row], stop) if read is not None else None
-                        if found is None:
-                            # A branch that ran out of memory has taken the others with it.
-                            read, found = None, self._answer(query, shared, stop)
-                        known[same] = found
-                        shared = visit.length
-                    yield Outcome(index, *known[same], elapsed=time.perf_counter() - began)
-            if read is not None and self._reader is not None:
-                self._reader.follow(len(family) - 1, max(0, visits[end].shared - trunk) if end < len(visits) else 0)
-            begin = end
+        for visit in visits if visits is not None else self.prepare(queries):
+            known: dict[tuple[int, bytes], tuple[list[int], bool, float]] = {}
+            shared = visit.shared
+            for index in visit.members:
+                query = queries[index]
+                began = time.perf_counter()
+                # The same sequence may still be another query: cut elsewhere, or with another last answer token.
+                same = (len(query.prompt), query.answer.tobytes())
+                if same not in known:
+                    known[same] = self._answer(query, shared, _Stop(query, end_tokens))
+                    shared = visit.length
+                yield Outcome(index, *known[same], elapsed=time.perf_counter() - began)
 
     @torch.inference_mode()
-    def _may_branch(self, reader: Reader, ids: Ids) -> bool:
-        """Whether two continuations of a prefix, read side by side, get the logits of plain forwards."""
-        trunk = len(ids) // 2
-        rests = [ids[trunk:], ids[trunk - 1 : 0 : -1]]
-        if min(map(len, rests)) < 2 or not reader.has_room(2, len(rests[0]), trunk, len(rests[0])):
-            return False
-        reader.on_tokens = unheard
-        try:
-            reader.extend(ids[:trunk], keep=1)
-            found = reader.branch(rests, [len(rest) for rest in rests])
-            reader.follow(1, len(rests[1]) - 1)
-            last = reader.extend(rests[1][-1:], keep=1)
-            wanted = [full_logits(self.model, np.concatenate([ids[:trunk], rest]))[trunk:] for rest in rests]
-        except REFUSALS:
-            return False
-        finally:
-            reader.reset()
-            reader.on_tokens = self._count
-        pairs = [*zip(found, wanted, strict=True), (last, wanted[1][-1:])]
-        return all(agree(ours.float(), theirs.float(), self.model) for ours, theirs in pairs)
-
-    def _siblings(self, queries: Sequence[Query], visits: Sequence[Visit], begin: int) -> tuple[int, int]:
-        """As `siblings` of the walk."""
-        reader = self._reader
-        if reader is None or not self._branching:
-            return begin + 1, 0
-        most = WORTH + max(len(query.answer) for query in queries)
-        return siblings(
-            visits,
-            begin,
-            held=reader.length,
-            # The prompt's last token is always read: it predicts the answer's first.
-            limit=lambda visit: min(len(queries[index].prompt) for index in visit.members) - 1,
-            fits=lambda rows, rest, trunk: reader.has_room(rows, rest, trunk, min(most, rest)),
-        )
-
-    @torch.inference_mode()
-    def _read_together(
-        self, queries: Sequence[Query], family: Sequence[Visit], trunk: int
-    ) -> list[torch.Tensor] | None:
-        """For each of some stops of the walk the logits from the end of its shortest prompt on; None: no memory."""
-        assert self._reader is not None
-        sequences = [queries[visit.members[0]].sequence for visit in family]
-        keep = [visit.length - min(len(queries[index].prompt) for index in visit.members) + 1 for visit in family]
-        self._reader.rewind(trunk)
-        try:
-            return self._reader.branch([sequence[trunk:] for sequence in sequences], keep)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            self._smaller_chunks(queries[family[0].members[0]], error)
-            return None
-
-    @torch.inference_mode()
-    def _answer_branch(self, query: Query, row: int, logits: torch.Tensor, stop: _Stop) -> _Answered | None:
-        """From the logits of `_read_together`; None: no memory."""
-        reader = self._reader
-        assert reader is not None
-        try:
-            return self._judge(
-                reader, query, logits[-len(query.answer) :], stop, lambda n: reader.follow(row, n - reader.trunk)
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            self._smaller_chunks(query, error)
-            return None
-
-    @torch.inference_mode()
-    def _answer(self, query: Query, shared: int, stop: _Stop) -> _Answered:
+    def _answer(self, query: Query, shared: int, stop: _Stop) -> tuple[list[int], bool, float]:
         while True:
             try:
                 if self._reader is not None:
@@ -338,28 +237,16 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _answer_reusing(self, reader: Reader, query: Query, shared: int, stop: _Stop) -> _Answered:
+    def _answer_reusing(self, reader: Reader, query: Query, shared: int, stop: _Stop) -> tuple[list[int], bool, float]:
         sequence, end = query.sequence, len(query.prompt)
         # The prediction of the first answer token is needed, so the prompt's last token is always read.
         reader.rewind(min(shared, end - 1))
         logits = reader.extend(sequence[reader.length :], keep=len(sequence) - end + 1)
-        return self._judge(reader, query, logits, stop, reader.rewind)
-
-    def _judge(
-        self, reader: Reader, query: Query, logits: torch.Tensor, stop: _Stop, go_back: Callable[[int], None]
-    ) -> _Answered:
-        """The outcome by the predictions of the answer's tokens, with what is generated after a wrong one.
-
-        Args:
-            logits: [len(answer), vocabulary].
-            go_back: lets the reader hold so many first tokens of prompt and answer.
-        """
-        end = len(query.prompt)
         right, logprob = _score(logits, query.answer)
         if right == len(query.answer):
             return query.answer.tolist(), True, logprob
         generated = [*query.answer[:right].tolist(), int(logits[right].argmax())]
-        go_back(end + right)
+        reader.rewind(end + right)
         self._decoding = True
         while not stop(generated):
             generated.append(int(reader.extend(np.asarray(generated[-1:], dtype=np.int32), keep=1)[0].argmax()))
@@ -368,7 +255,7 @@ class Engine:
         reader.rewind(end)
         return generated, False, logprob
 
-    def _answer_plainly(self, query: Query, stop: _Stop) -> _Answered:
+    def _answer_plainly(self, query: Query, stop: _Stop) -> tuple[list[int], bool, float]:
         if self._remembers_length:
             full_logits(self.model, query.prompt[:1])
         generated, logits = generate_plain(

@@ -6,15 +6,12 @@ with the one just before it. So one cache that is cut back and extended suffices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ropepatch.evaluation.prompt import Ids
-
-# A forward costs as much as so many tokens besides those that it reads: all weights go through the caches once.
-WORTH = 32
 
 
 @dataclass(frozen=True)
@@ -57,41 +54,6 @@ def common_prefix(a: Ids, b: Ids) -> int:
 def trie_size(visits: Sequence[Visit]) -> int:
     """The number of distinct prefixes: tokens that must be computed when each is computed once."""
     return sum(visit.length - visit.shared for visit in visits)
-
-
-def siblings(
-    visits: Sequence[Visit],
-    begin: int,
-    *,
-    held: int,
-    limit: Callable[[Visit], int],
-    fits: Callable[[int, int, int], bool],
-) -> tuple[int, int]:
-    """How many stops of the walk, from one on, are worth reading side by side after a prefix that all of them share.
-
-    Read so, each is as long as the longest and begins at the shared prefix. A stop joins where that costs at most
-    `WORTH` tokens more than reading it by itself.
-
-    Args:
-        begin: the first of them.
-        held: tokens of the stop before that are still there.
-        limit: the most tokens of a stop's sequence that may count as shared.
-        fits: whether there is room for (rows, tokens of each, tokens shared).
-
-    Returns:
-        One past the last of them, and the tokens that they share; (begin + 1, 0) where none can join.
-    """
-    trunk, longest = min(held, visits[begin].shared, limit(visits[begin])), visits[begin].length
-    end = begin + 1
-    while trunk and end < len(visits):
-        visit = visits[end]
-        shorter, longer = min(trunk, visit.shared, limit(visit)), max(longest, visit.length)
-        rows = end - begin
-        added = (rows + 1) * (longer - shorter) - rows * (longest - trunk) - (visit.length - visit.shared)
-        if not shorter or added > WORTH or not fits(rows + 1, longer - shorter, shorter):
-            break
-        trunk, longest, end = shorter, longer, end + 1
-    return (end, trunk) if end > begin + 1 else (end, 0)
 
 
 def token_cost(start: int, end: int, *, quadratic: float) -> float:

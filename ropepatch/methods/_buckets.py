@@ -42,6 +42,7 @@ class BucketMethod:
     rope_type: None = None
     mechanisms: tuple[str, ...] = ("relative_bias",)
     becomes: None = None
+    table: None = None
     seam: ClassVar[str] = "attention"
 
 
@@ -66,5 +67,5 @@ def divided(distance: Tensor, divisor: float) -> Tensor:
     """|distance| / divisor rounded down, with the sign of the distance; whole numbers in, whole numbers out."""
     if divisor == 1:
         return distance
-    shrunk = torch.div(distance.abs().double(), divisor, rounding_mode="floor").to(distance.dtype)
+    shrunk = (distance.abs().double() / divisor).floor().to(distance.dtype)
     return shrunk * distance.sign()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropepatch.evaluation.prompt import Ids
-from ropepatch.evaluation.trie import WORTH, Visit, common_prefix, shares, siblings, token_cost, trie_size, walk
+from ropepatch.evaluation.trie import common_prefix, shares, token_cost, trie_size, walk
 
 _SEQUENCES = st.lists(
     st.lists(st.sampled_from([0, 1, 255, 256, 65536]), min_size=1, max_size=8), min_size=1, max_size=12
@@ -64,47 +64,3 @@ def test_common_prefix() -> None:
     assert common_prefix(a, b) == 2
     assert common_prefix(a, a) == 3
     assert common_prefix(a, a[:1]) == 1
-
-
-@given(_SEQUENCES, st.data())
-def test_siblings_share_what_they_are_said_to(lists: list[list[int]], data: st.DataObject) -> None:
-    sequences = [np.asarray(ids, dtype=np.int32) for ids in lists]
-    visits = walk(sequences)
-    begin = data.draw(st.integers(0, len(visits) - 1))
-    held, most = data.draw(st.integers(0, 8)), data.draw(st.integers(1, 30))
-    end, trunk = siblings(
-        visits,
-        begin,
-        held=held,
-        limit=lambda visit: visit.length - 1,
-        fits=lambda rows, rest, shared: rows * rest <= most,
-    )
-    assert begin < end <= len(visits)
-    if end == begin + 1:
-        assert trunk == 0
-        return
-    family = [sequences[visit.members[0]] for visit in visits[begin:end]]
-    before = sequences[visits[begin - 1].members[0]]
-    assert 1 <= trunk <= held
-    assert all(common_prefix(before, sequence) >= trunk and len(sequence) > trunk for sequence in family)
-    assert len(family) * (max(map(len, family)) - trunk) <= most
-
-
-def test_siblings_join_where_it_is_worth_it() -> None:
-    def end(*stops: tuple[int, int]) -> tuple[int, int]:
-        visits = [Visit((i,), shared, length) for i, (shared, length) in enumerate(stops)]
-        return siblings(visits, 1, held=100, limit=lambda visit: visit.length - 1, fits=lambda *_: True)
-
-    assert end((0, 300), (100, 300), (100, 300), (100, 300)) == (4, 100)
-    # What the others share beyond it is read once more by each of them.
-    assert end((0, 300), (100, 300), (100 - WORTH, 300)) == (3, 100 - WORTH)
-    assert end((0, 300), (100, 300), (99 - WORTH, 300)) == (2, 0)
-    assert end((0, 300), (100, 300), (100, 300), (100 - WORTH // 2, 300)) == (4, 100 - WORTH // 2)
-    assert end((0, 300), (100, 300), (100, 300), (99 - WORTH // 2, 300)) == (3, 100)
-    # Shorter ones are filled up.
-    assert end((0, 300), (100, 300), (100, 300 + WORTH)) == (3, 100)
-    assert end((0, 300), (100, 300), (100, 301 + WORTH)) == (2, 0)
-    assert end((0, 300), (100, 300), (100, 300 - WORTH)) == (3, 100)
-    assert end((0, 300), (100, 300), (100, 299 - WORTH)) == (2, 0)
-    # Nothing in common.
-    assert end((0, 300), (0, 300), (0, 300)) == (2, 0)

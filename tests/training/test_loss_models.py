@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import ropepatch
 from ropepatch.errors import DependencyError, OptionError, PromptError, UnsupportedModelError, VerificationError
-from ropepatch.testing import tiny_model
+from ropepatch.testing import model_types, tiny_model
 from ropepatch.training.loss import causal_loss, check, choose_backend
 from ropepatch.training.loss.head import logit_rule
 
@@ -263,6 +263,28 @@ def test_a_model_whose_own_loss_is_another_is_refused(family: str) -> None:
     # bart's decoder does not shift its labels; prophetnet predicts several tokens at each.
     with pytest.raises(VerificationError, match="loss: plain"):
         check(tiny_model(family))
+
+
+@pytest.mark.slow
+def test_every_causal_model_type_is_right_or_refused() -> None:
+    refused = []
+    for kind in model_types():
+        try:
+            model = tiny_model(kind)
+            check(model)
+        except (UnsupportedModelError, VerificationError):
+            refused.append(kind)
+            continue
+        if kind == "reformer":  # it takes gradients in training mode only, where it draws random numbers
+            continue
+        batch = make_batch(model)
+        _, expected = ours(model, batch, backend="plain")
+        _, found = ours(model, batch)
+        whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        for name, gradient in expected.items():
+            off = (found.get(name, torch.zeros_like(gradient)) - gradient).norm() / whole
+            assert float(off) < 1e-4, f"{kind}, {name}"
+    assert len(refused) < 25, refused
 
 
 def test_the_way_out_is_the_models_own_loss() -> None:
