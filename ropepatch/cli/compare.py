@@ -69,11 +69,12 @@ def main(
 
         typer.echo(model_card(comparison), nl=False)
     else:
+        import sys
+
         from rich.console import Console
 
-        console = Console()
         # A file or a pipe has no width: the table takes what it needs.
-        console.print(comparison.table(), width=None if console.is_terminal else 1000)
+        Console(width=None if sys.stdout.isatty() else 1000).print(comparison.table())
         typer.echo(comparison.explanation())
 
 
