@@ -21,8 +21,8 @@ from ropepatch.methods._base import METHODS, FrequencyMethod, MethodOptions
 from ropepatch.methods._info import option_table
 from ropepatch.methods._options import parse_options
 from ropepatch.record import RECORD_ATTRIBUTE, PatchRecord
-from ropepatch.surgery import alibi, attention, frequencies, relative
-from ropepatch.surgery._carry import carry
+from ropepatch.surgery import alibi, attention, embeddings, frequencies, relative
+from ropepatch.surgery._carry import REFUSAL, SavedEntryChange, carry
 from ropepatch.surgery._changes import revert_all
 from ropepatch.surgery._lengths import trained_length
 from ropepatch.surgery._own_config import own_config
@@ -100,7 +100,8 @@ def patch(
         method: name or alias of a method; `ropepatch.methods()` lists them.
         original_length: trained length in tokens; read from the config by default.
         verify: run two tokens through the model up to its rotary modules and hold what they emit against the
-            closed form.
+            closed form; where a position table got longer, run one token more than it had and see that the model reads
+            the new row.
         on_scaled: what to do when the checkpoint carries a native scaling (llama3, yarn, ...): "replace" starts
             from its pretrained frequencies and length, "multiply" scales further what is there. By default that
             is refused.
@@ -136,6 +137,11 @@ def patch(
         )
     own_config(host)
     sites = discover(host)
+    if embeddings.takes(sites, entry):
+        _refuse_words(layer_types=layer_types, layers=layers, base=base, on_scaled=on_scaled)
+        record = _patch_tables(host, sites, entry, parsed, original_length, verify)
+        return _finish(model, host, record, original_length, layer_types, layers)
+    embeddings.refuse_table_options(entry, parsed)
     if alibi.takes(sites, entry):
         record = _patch_alibi(host, entry, parsed, original_length, verify, layer_types, layers, base)
         return _finish(model, host, record, original_length, layer_types, layers)
@@ -166,7 +172,7 @@ def patch(
             verify_effect(host, plans)
         record = PatchRecord(
             method=entry.name,
-            options=parsed.model_dump(),
+            options=_stated(entry, parsed),
             seam=entry.seam,
             mechanism="rotary",
             original_length=plans[0].geometry.original_length,
@@ -222,7 +228,7 @@ def _patch_attention(
     done = attention.apply(host, started, entry, options, layers=layers, layer_types=layer_types, verify=verify)
     return PatchRecord(
         method=entry.name,
-        options=options.model_dump(),
+        options=_stated(entry, options),
         seam=entry.seam,
         mechanism="rotary",
         original_length=done.original_length,
@@ -253,7 +259,7 @@ def _patch_alibi(
     done = alibi.apply(host, entry, options, original_length=original_length, layers=layers, verify=verify)
     return PatchRecord(
         method=entry.name,
-        options=options.model_dump(),
+        options=_stated(entry, options),
         seam="attention",
         mechanism="alibi",
         original_length=done.original_length,
@@ -273,7 +279,7 @@ def _patch_relative(
     done = relative.apply(host, entry, options, original_length=original_length, verify=verify)
     return PatchRecord(
         method=entry.name,
-        options=options.model_dump(),
+        options=_stated(entry, options),
         seam="attention",
         mechanism="relative_bias",
         original_length=done.original_length,
@@ -283,6 +289,36 @@ def _patch_relative(
         versions=compat.versions(),
         undo=done.changes,
     )
+
+
+def _patch_tables(
+    host: Any, sites: Sequence[Site], entry: Any, options: MethodOptions, original_length: int | None, verify: bool
+) -> PatchRecord:
+    done = embeddings.apply(host, sites, entry, options, original_length=original_length, verify=verify)
+    if not done.plain:
+        # Plain transformers would build another table from the config.
+        done.changes.append(SavedEntryChange.apply(host, "_attn_implementation", REFUSAL))
+    becomes = entry.table.becomes
+    return PatchRecord(
+        method=entry.name,
+        options=options.model_dump(),
+        seam="embeddings",
+        mechanism=done.mechanism,
+        original_length=done.original_length,
+        target_length=done.target_length,
+        on_scaled=None,
+        sites=done.sites,
+        versions=compat.versions(),
+        warnings=done.warnings,
+        becomes=becomes if becomes != done.mechanism else None,
+        undo=done.changes,
+    )
+
+
+def _stated(entry: Any, options: MethodOptions) -> dict[str, Any]:
+    """The options as a record states them where there is no position table: without those that speak of one."""
+    rule = getattr(entry, "table", None)
+    return options.model_dump(exclude=set(rule.only) if rule is not None else None)
 
 
 def _refuse_words(**given: Any) -> None:
@@ -363,6 +399,8 @@ def inspect(model: nn.Module) -> Inspection:
         scaling = None if record.on_scaled != "multiply" else scaling
     else:
         trained, target = _stated_lengths(config, scaling)
+        if (length := embeddings.table_length(host, sites)) is not None:
+            trained = target = length
     return Inspection(
         model_type=host.config.model_type,
         mechanism=mechanism,

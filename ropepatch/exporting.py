@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ropepatch.errors import OptionError, UnsupportedModelError, VerificationErr
 from ropepatch.families import host_of
 from ropepatch.saving import staged
 from ropepatch.sidecar import CONFIG_KEY
+from ropepatch.surgery._carry import REFUSAL
 
 FORMATS = ("transformers", "gguf")
 _GGUF_OPTIONS = ("dtype", "tokenizer_pre")
@@ -45,7 +48,7 @@ class Exported:
         target_length: tokens that the model now reaches, or None where its config does not say.
         rope_parameters: what its config, or the GGUF file, says of positions, as plain data.
         hf_overrides: the same as an argument for vLLM's `--hf-overrides` and SGLang's `--json-model-override-args`:
-            to serve the *original* checkpoint with the patch. None for a GGUF file.
+            to serve the *original* checkpoint with the patch. None for a GGUF file, and where weights changed.
     """
 
     path: Path
@@ -66,7 +69,8 @@ def export(
     """Write a patched model as a folder that others load without ropepatch.
 
     With `format="transformers"` plain transformers, vLLM and SGLang read the patch from the config: with the words of
-    the method itself where transformers has them, else as another base (`ntk`, `abf`) or as `longrope` divisors.
+    the method itself where transformers has them, else as another base (`ntk`, `abf`) or as `longrope` divisors. A
+    longer position table is in the weights, and its length in the config.
 
     With `format="gguf"` llama.cpp reads a file with weights, tokenizer and patch (LLaMA, Mistral, Qwen2, Qwen3).
 
@@ -103,6 +107,14 @@ def export(
             if near
             else "keep it with ropepatch.save_pretrained",
         )
+    if vars(host.config).get("_attn_implementation") == REFUSAL:
+        raise UnsupportedModelError(
+            f"no config can say what {(record or {}).get('method')!r} did to this {host.config.model_type} model: "
+            "transformers computes its table or its biases itself",
+            hint="'sinusoidal' makes a table of sines and cosines longer in a way that a config can say; or keep it "
+            "with ropepatch.save_pretrained",
+        )
+    tables = record is not None and record["seam"] == "embeddings"
     if format == "gguf":
         return _gguf(host, Path(path), tokenizer, verify, kwargs)
     with staged(Path(path)) as stage:
@@ -111,8 +123,8 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         if verify:
-            _verify(host, stage)
-        exported = _describe(stage, Path(path))
+            _verify(host, stage, tables)
+        exported = _describe(stage, Path(path), tables, record)
     return exported
 
 
@@ -143,38 +155,67 @@ def _forget(file: Path) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _verify(host: Any, stage: Path) -> None:
+def _verify(host: Any, stage: Path, tables: bool) -> None:
     kind: Any = type(host)
     while kind.__module__.split(".")[0] != "transformers":
         kind = kind.__base__
     plain = kind.from_pretrained(stage, dtype=host.dtype).to(host.device).eval()
-    config = host.config.get_text_config(decoder=True)
-    trained = (ropepatch.inspect(host).trained_length or 0) + _TOKENS
-    tokens = torch.arange(_TOKENS, device=host.device).remainder(config.vocab_size)[None]
-    for start in (0, trained):
-        positions = torch.arange(start, start + _TOKENS, device=host.device)[None]
-        found, wanted = _logits(plain, tokens, positions), _logits(host, tokens, positions)
+    for inputs, where in _inputs(host, tables):
+        found, wanted = _outputs(plain, inputs), _outputs(host, inputs)
         difference = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
         tolerance = _TOLERANCE if host.dtype == torch.float32 else 0.1
         if not difference <= tolerance:
             raise VerificationError(
                 "the exported folder gives other logits than the patched model",
-                given=f"{difference:.2g} relative, at positions {start} to {start + _TOKENS}",
+                given=f"{difference:.2g} relative, {where}",
                 allowed=f"{tolerance:g}",
             )
 
 
+def _inputs(host: Any, tables: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    """What both models are asked, within and beyond the trained length, and that in words."""
+    trained = ropepatch.inspect(host).trained_length or 0
+    if getattr(host, "main_input_name", "") == "pixel_values":
+        config = host.config
+        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+        yield {"pixel_values": torch.linspace(-1, 1, 3 * size[0] * size[1]).reshape(1, 3, *size)}, f"at {size} pixels"
+        return
+    vocabulary = host.config.get_text_config(decoder=True).vocab_size
+    accepted = inspect.signature(type(host).forward).parameters
+    # A position table is looked up by where a token stands; rotary models are asked for far positions directly.
+    for start in (0, trained):
+        count = start + _TOKENS if tables and start else _TOKENS
+        if tables and start:
+            count = min(count, ropepatch.inspect(host).target_length or count)
+        tokens = torch.arange(count).remainder(vocabulary)[None]
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if not tables:
+            inputs["position_ids"] = torch.arange(start, start + _TOKENS)[None]
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        if "decoder_input_ids" in accepted:
+            inputs["decoder_input_ids"] = tokens
+        yield inputs, f"on {count} tokens" if tables else f"at positions {start} to {start + _TOKENS}"
+
+
 @torch.inference_mode()
-def _logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+def _outputs(model: Any, inputs: dict[str, Any]) -> Tensor:
+    given = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    if "pixel_values" in given:
+        given["pixel_values"] = given["pixel_values"].to(model.dtype)
     training = model.training
     model.eval()
     try:
-        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+        output = model(**given)
+        return (output.logits if hasattr(output, "logits") else output[0]).float()
     finally:
         model.train(training)
 
 
-def _describe(stage: Path, path: Path) -> Exported:
+def _describe(stage: Path, path: Path, tables: bool, record: dict[str, Any] | None) -> Exported:
+    if tables and record is not None:
+        # The original weights do not have the longer table.
+        return Exported(path, record["target_length"], None, None)
     content = json.loads((stage / "config.json").read_text(encoding="utf-8"))
     text = content.get("text_config", content)
     length = text.get("max_position_embeddings")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ from ropepatch.errors import (
 )
 from ropepatch.files import read_object, umask
 from ropepatch.sources import model_source
-from ropepatch.surgery._lengths import LENGTH_NAMES
+from ropepatch.surgery._carry import REFUSAL
+from ropepatch.surgery._changes import KEPT
+from ropepatch.surgery._lengths import TABLE_LENGTH_NAMES
 from ropepatch.surgery._sidecar import ADAPTER_FILE, IN_NAME, LEARNED_FILE, sidecar_of, write_sidecar
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 _CARD = "README.md"
 _LAST = ("config.json", ADAPTER_FILE, sidecar.FILE)
 # The entries of a config that a patch may change.
-_RESTORED = frozenset(("rope_parameters", *LENGTH_NAMES))
+_RESTORED = frozenset(("rope_parameters", "image_size", "max_relative_positions", *TABLE_LENGTH_NAMES))
 _HUB_WORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -255,13 +258,30 @@ def _load_model(source: _Source, hf_kwargs: dict[str, Any]) -> Any:
         patch = sidecar.parse(
             carried, sidecar.Patch, f"the entry {sidecar.CONFIG_KEY!r} of the config of {source.name}"
         )
-    if patch is not None:
-        _check_method(patch)
-        _restore_config(config, patch)
-    model, extra = _load_weights(source, config, hf_kwargs)
     if patch is None:
-        return model
-    return _patch_again(model, patch, _learned_of(source, side, extra))
+        return _load_weights(source, config, hf_kwargs)[0]
+    _check_method(patch)
+    stated = copy.deepcopy(config)
+    _restore_config(config, patch)
+    beside = _beside(source, side)
+    tables = {name: beside.pop(name) for name in list(beside) if KEPT in name}
+    with _without_report(bool(tables)):
+        model, extra, resized = _load_weights(source, config, hf_kwargs, resized=True)
+    if resized and not tables and stated._attn_implementation != REFUSAL:
+        # Saved without us: its longer table is all there is, and its config says so. Nothing is left to undo.
+        delattr(stated, sidecar.CONFIG_KEY)
+        return _load_weights(source, stated, hf_kwargs)[0]
+    names = {_plain_name(name): name for name in tables}
+    if not set(resized) <= set(names):
+        raise ModelLoadError(
+            f"cannot load {source.name}: tensors of its weights have another shape: {', '.join(resized[:3])}",
+            hint="where these are position tables that a patch replaced, save with ropepatch.save_pretrained",
+        )
+    _fill(model, {plain: tables[name] for plain, name in names.items()})
+    _patch_again(model, patch, beside or _learned_of(source, extra))
+    # As they were saved: they may have been trained since.
+    _fill(model, _tensors(source, [name for name in names if name in _weight_files(source, names)]))
+    return model
 
 
 def _load_adapter(source: _Source, base_model: str | None, hf_kwargs: dict[str, Any]) -> Any:
@@ -288,8 +308,8 @@ def _load_adapter(source: _Source, base_model: str | None, hf_kwargs: dict[str, 
     base = _Source(name, {"revision": side.base_revision} if side.base_revision and base_model is None else {})
     config = AutoConfig.from_pretrained(base.name, **base.hub)
     _check_base(side, config, name)
-    model, _ = _load_weights(base, config, hf_kwargs)
-    learned = _learned_of(source, side, [])
+    model = _load_weights(base, config, hf_kwargs)[0]
+    learned = _beside(source, side)
     patched = _patch_again(model, side.patch, learned)
     return PeftModel.from_pretrained(patched, source.name, is_trainable=trainable, **source.hub)
 
@@ -329,8 +349,10 @@ def _restore_config(config: Any, patch: sidecar.Patch) -> None:
     config._attn_implementation = None
 
 
-def _load_weights(source: _Source, config: Any, hf_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the keys that its class does not know."""
+def _load_weights(
+    source: _Source, config: Any, hf_kwargs: dict[str, Any], *, resized: bool = False
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The model, the keys that its class does not know, and those of another shape, which `resized` allows."""
     import transformers
 
     name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
@@ -338,39 +360,92 @@ def _load_weights(source: _Source, config: Any, hf_kwargs: dict[str, Any]) -> tu
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         kind = transformers.AutoModelForCausalLM
     given = {"use_safetensors": True, **hf_kwargs, "config": config}
+    if resized:
+        given["ignore_mismatched_sizes"] = True
     model, report = kind.from_pretrained(source.name, output_loading_info=True, **given)
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise ModelLoadError(
             f"cannot load {source.name}: tensors are missing from its weights: {', '.join(missing[:3])}"
         )
-    return model.eval(), sorted(map(str, report["unexpected_keys"]))
+    shaped = sorted(str(key[0]) for key in report["mismatched_keys"])
+    return model.eval(), sorted(map(str, report["unexpected_keys"])), shaped
 
 
-def _learned_of(source: _Source, side: sidecar.Sidecar | None, extra: list[str]) -> dict[str, torch.Tensor]:
-    """The parameters that the patch learned: in a file of their own, or among the weights of a plain save."""
-    from safetensors import safe_open
+def _beside(source: _Source, side: sidecar.Sidecar | None) -> dict[str, torch.Tensor]:
+    """What stands in a file of its own: parameters that the patch learned, tables that it replaced."""
     from safetensors.torch import load_file
 
-    if side is not None and side.learned is not None:
-        path = source.find(side.learned)
-        if path is None:
-            raise RecordError(f"the file {side.learned} with the parameters that the patch learned is missing")
-        return load_file(path)
-    wanted = [name for name in extra if IN_NAME in name]
-    if not wanted:
+    if side is None or side.learned is None:
         return {}
-    index = source.find("model.safetensors.index.json")
-    where = read_object(index)["weight_map"] if index else dict.fromkeys(wanted, "model.safetensors")
+    path = source.find(side.learned)
+    if path is None:
+        raise RecordError(f"the file {side.learned} with the parameters of the patch is missing")
+    return load_file(path)
+
+
+def _learned_of(source: _Source, extra: list[str]) -> dict[str, torch.Tensor]:
+    """The parameters that the patch learned, from among the weights of a plain save."""
+    return _tensors(source, [name for name in extra if IN_NAME in name])
+
+
+@contextmanager
+def _without_report(known: bool) -> Iterator[None]:
+    """transformers' report of tensors of another shape would alarm where `known` says that they are the patch's."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    if known:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _tensors(source: _Source, names: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors of the weights, by name."""
+    from safetensors import safe_open
+
     tensors = {}
-    for name in wanted:
-        shard = str(where.get(name))
+    for name, shard in _weight_files(source, names).items():
         path = source.find(shard) if os.path.basename(shard) == shard else None
         if path is None:
             raise RecordError(f"the weights file {shard} is missing")
         with safe_open(path, framework="pt") as file:
             tensors[name] = file.get_tensor(name)
     return tensors
+
+
+def _weight_files(source: _Source, names: Iterable[str]) -> dict[str, str]:
+    """The file of the weights that holds each of `names`; those that none holds are left out."""
+    from safetensors import safe_open
+
+    index = source.find("model.safetensors.index.json")
+    if index is not None:
+        where = read_object(index)["weight_map"]
+        return {name: str(where[name]) for name in names if name in where}
+    path = source.find("model.safetensors")
+    if path is None:
+        return {}
+    with safe_open(path, framework="pt") as file:
+        held = set(file.keys())
+    return {name: path.name for name in names if name in held}
+
+
+def _plain_name(kept: str) -> str:
+    return kept.replace(KEPT, "")
+
+
+def _fill(model: Any, tables: Mapping[str, torch.Tensor]) -> None:
+    import torch
+
+    for name, value in tables.items():
+        place = model.get_parameter(name)
+        if place.shape != value.shape:
+            raise RecordError(f"{name} has another shape", given=list(value.shape), allowed=list(place.shape))
+        with torch.no_grad():
+            place.copy_(value)
 
 
 def _patch_again(model: Any, patch: sidecar.Patch, learned: dict[str, torch.Tensor]) -> Any:

@@ -87,7 +87,8 @@ class Sidecar(BaseModel):
         base_revision: its revision, where one was asked for.
         identity: what the base's config says of its architecture.
         config_hash: hex digest of `identity`.
-        learned: file of the parameters that the patch learns, in the same folder; None when it has none.
+        learned: file of the parameters that the patch learns and of the tables that it replaced, in the same folder;
+            None when it has none.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

@@ -38,7 +38,7 @@ PATCHES = (
     "linear:factor=4,interpolation=cubic",
     "hierarchical:factor=4",
     "sinusoidal:factor=4",
-    "nope",
+    "nope:factor=4",
 )
 DEPTHS = 5
 NEEDLE_WORDS = 120

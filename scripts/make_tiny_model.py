@@ -3,7 +3,7 @@
     python scripts/make_tiny_model.py DIR                  # config.json and the tokenizer
     python scripts/make_tiny_model.py DIR --weights RUN    # also the weights that a run of tiny/base ended with
 
-recipes/tiny/model was made with it; tests/recipes/test_tiny.py fails when the two disagree.
+recipes/tiny/model was made with it; tests/recipes/test_tiny_recipe.py fails when the two disagree.
 """
 
 from __future__ import annotations

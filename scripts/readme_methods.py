@@ -22,12 +22,13 @@ FREQUENCIES = (
     "On the frequencies seam; these rewrite `inv_freq` and the gain of rotary modules, at no cost at run time."
 )
 ATTENTION = "On the attention seam; each of these also takes `logn`, which sharpens attention past the trained length."
+EMBEDDINGS = "On the embeddings seam: position tables, for which `linear` and `nope` above have a form too."
 OTHERS = "On models that learned a bias by distance (T5 and its kin, DeBERTa-v2, CPM-Ant), besides `linear`."
 
 
 def table() -> str:
     """Markdown tables, one for each seam and one for what no rotary model takes, one row a method."""
-    found: dict[str, list[Any]] = {"frequencies": [], "attention": [], "others": []}
+    found: dict[str, list[Any]] = {"frequencies": [], "attention": [], "embeddings": [], "others": []}
     for info in ropepatch.methods():
         found["others" if info.mechanisms == ("relative_bias",) else info.seam].append(info)
     return (
@@ -35,6 +36,8 @@ def table() -> str:
         + _rows(found["frequencies"], "options besides `factor`", hidden={"factor"})
         + f"\n{ATTENTION}\n\n"
         + _rows(found["attention"], "options", hidden={"logn"})
+        + f"\n{EMBEDDINGS}\n\n"
+        + _rows(found["embeddings"], "options besides `factor`", hidden={"factor"})
         + f"\n{OTHERS}\n\n"
         + _rows(found["others"], "options", hidden=set())
     )

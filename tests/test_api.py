@@ -285,5 +285,5 @@ def test_inspect_and_methods_are_plain_data() -> None:
     names = [method.name for method in ropepatch.methods()]
     assert names == sorted(names) and {"linear", "yarn", "ntk"} <= set(names)
     for method in ropepatch.methods():
-        assert method.summary and method.paper and method.seam in ("frequencies", "attention")
+        assert method.summary and method.paper and method.seam in ("frequencies", "attention", "embeddings")
         assert all(option["help"] for option in method.options), method.name

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,61 @@ def test_without_ropepatch_in_the_process(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "logits.pt")
     assert found.shape[1] == IDS.shape[1]
     assert torch.equal(found, logits(model))
+
+
+# Plain transformers over all folders in one process, and proof that ropepatch is not there.
+CLEAN_READER = """
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+try:
+    import ropepatch
+except ModuleNotFoundError:
+    print("no ropepatch")
+assert not any(found.metadata["Name"] == "ropepatch" for found in distributions())
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(150).mul(7).remainder(128)[None]
+    with torch.no_grad():
+        torch.save(model(ids).logits, folder / "logits.pt")
+"""
+
+
+@pytest.mark.slow
+def test_in_an_environment_without_ropepatch(tmp_path: Path) -> None:
+    """A virtual environment of its own, which has every package of this one but ropepatch."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    for place in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+        for entry in Path(place).iterdir():
+            # An editable install is a .pth file or a finder beside the package's metadata.
+            ours = "ropepatch" in entry.name or (entry.suffix == ".pth" and "ropepatch" in entry.read_text("utf-8"))
+            if not ours and not (packages / entry.name).exists():
+                (packages / entry.name).symlink_to(entry)
+    wanted = {}
+    for method in FREQUENCIES:
+        model = patched(method)
+        ropepatch.export(model, tmp_path / "models" / method)
+        wanted[method] = logits(model)
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-c", CLEAN_READER, tmp_path / "models"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=outside, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no ropepatch" in done.stdout
+    assert {folder.name for folder in (tmp_path / "models").iterdir()} == set(FREQUENCIES)
+    exact = set()
+    for method, expected in wanted.items():
+        found = torch.load(tmp_path / "models" / method / "logits.pt")
+        # A base or divisors are the frequencies in other words, which rounds them.
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+        if torch.equal(found, expected):
+            exact.add(method)
+    assert exact >= {"linear", "llama3", "longrope", "yarn"}
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", "gpt_neox", "deepseek_v3", "qwen3", "smollm3", "olmo2"])

@@ -387,6 +387,7 @@ def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "ropepatch.safetensors").unlink()
     with pytest.raises(RecordError, match=r"ropepatch\.safetensors"):
         ropepatch.from_pretrained(tmp_path)
+    ropepatch.save_pretrained(patched("kerple"), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ModelLoadError):
         ropepatch.from_pretrained(tmp_path)

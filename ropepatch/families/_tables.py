@@ -40,7 +40,9 @@ def table_sites(host: nn.Module) -> Iterator[Site]:
     for path, module in host.named_modules():
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, table in tensors:
-            if _TABLE_NAME.search(name) and not _NOT_POSITION.search(name) and table.dim() >= 2:
+            # What a patch keeps for its undo is no table of the model.
+            kept = name.startswith("ropepatch_")
+            if not kept and _TABLE_NAME.search(name) and not _NOT_POSITION.search(name) and table.dim() >= 2:
                 yield _table_site(host, path, name, table.reshape(-1, table.shape[-1]))
 
 
@@ -54,6 +56,35 @@ def _table_site(host: nn.Module, path: str, name: str, table: Tensor) -> Site:
         part=part_of(host, path),
         length=table.shape[0],
         dtype=dtype_name(table),
+    )
+
+
+def first_row(host: nn.Module, path: str) -> int:
+    """The row of the table at `path` that position 0 reads.
+
+    fairseq's models keep rows for padding before the first: a fixed offset (OPT, BART), or the padding token's id and
+    one more (RoBERTa, M2M100). Nystromformer's kin have the offset in their position ids.
+    """
+    module = host.get_submodule(path)
+    padding = getattr(module, "padding_idx", None)
+    counts_tokens = hasattr(module, "create_position_ids_from_input_ids")
+    offset = getattr(module, "offset", None)
+    if isinstance(padding, int) and (counts_tokens or offset is None):
+        return padding + 1
+    if isinstance(offset, int):
+        return offset
+    parent = host.get_submodule(path.rpartition(".")[0]) if path else module
+    ids = getattr(parent, "position_ids", None)
+    if isinstance(ids, Tensor) and ids.numel() and not ids.is_meta:
+        return int(ids.flatten()[0])
+    return 0
+
+
+def adds_offset(host: nn.Module, path: str) -> bool:
+    """Whether the module at `path` adds its offset to the position ids that it is given."""
+    module = host.get_submodule(path)
+    return isinstance(getattr(module, "offset", None), int) and not hasattr(
+        module, "create_position_ids_from_input_ids"
     )
 
 

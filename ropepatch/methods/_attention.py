@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ropepatch.attention.scheme import Rotary, Scheme
 from ropepatch.errors import OptionError
 from ropepatch.methods._base import METHODS, MethodOptions, RotaryGeometry
+from ropepatch.methods._tables import TableRule
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class AttentionMethod:
         finetune: what a user should know before using it untuned, or "".
         becomes: the mechanism that it puts in the place of the model's own, or None.
         rewrites: it computes frequencies of its own, so a native scaling or a base needs an explicit choice.
+        table: what it makes of a position table; None: it has no such form.
     """
 
     name: str
@@ -75,6 +77,7 @@ class AttentionMethod:
     rewrites: bool = False
     rope_type: str | None = None
     mechanisms: tuple[str, ...] = ("rotary",)
+    table: TableRule | None = None
     seam: ClassVar[str] = "attention"
 
 
@@ -92,6 +95,7 @@ def attention_method(
     rewrites: bool = False,
     rope_type: str | None = None,
     mechanisms: tuple[str, ...] = ("rotary",),
+    table: TableRule | None = None,
 ) -> Callable[[Build], Build]:
     """Register the decorated function as a method of the `attention` seam; arguments as in `AttentionMethod`."""
 
@@ -110,6 +114,7 @@ def attention_method(
             rewrites,
             rope_type,
             mechanisms,
+            table,
         )
         METHODS.register(name, aliases=aliases)(method)
         return build

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ropepatch.errors import OptionError
 from ropepatch.registry import Registry
+
+if TYPE_CHECKING:
+    from ropepatch.methods._tables import TableRule
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class FactorOptions(MethodOptions):
 
 @dataclass(frozen=True)
 class FrequencyMethod:
-    """A registered method of the `frequencies` seam. `compute` is the pure function."""
+    """A registered method of the `frequencies` seam. `compute` is the pure function; `table` is what it makes of a
+    position table, None where it has no such form."""
 
     name: str
     aliases: tuple[str, ...]
@@ -113,6 +117,7 @@ class FrequencyMethod:
     summary: str
     rope_type: str | None
     mechanisms: tuple[str, ...] = ("rotary",)
+    table: TableRule | None = None
     seam: ClassVar[str] = "frequencies"
 
 
@@ -129,6 +134,7 @@ def frequency_method(
     aliases: tuple[str, ...] = (),
     rope_type: str | None = None,
     mechanisms: tuple[str, ...] = ("rotary",),
+    table: TableRule | None = None,
 ) -> Callable[[Callable[[RotaryGeometry, Any], Frequencies]], Callable[[RotaryGeometry, Any], Frequencies]]:
     """Register the decorated function as a method of the `frequencies` seam.
 
@@ -140,10 +146,11 @@ def frequency_method(
         aliases: other words for the same.
         rope_type: transformers' own word, when it has one.
         mechanisms: what it can change.
+        table: what it makes of a position table.
     """
 
     def register(compute: Callable[[RotaryGeometry, Any], Frequencies]) -> Callable[[RotaryGeometry, Any], Frequencies]:
-        method = FrequencyMethod(name, aliases, options, compute, paper, summary, rope_type, mechanisms)
+        method = FrequencyMethod(name, aliases, options, compute, paper, summary, rope_type, mechanisms, table)
         METHODS.register(name, aliases=aliases)(method)
         return compute
 

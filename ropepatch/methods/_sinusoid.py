@@ -5,6 +5,7 @@ Source: Attention Is All You Need, arXiv 1706.03762, section 3.5.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -41,3 +42,57 @@ def sinusoid_table(
     if layout == "halves":
         return torch.cat((angle.sin(), angle.cos()), dim=-1).float()
     raise OptionError("unknown layout of sines and cosines", given=layout, allowed=("interleaved", "halves"))
+
+
+@dataclass(frozen=True)
+class Sinusoid:
+    """How a model computes its table: row r holds the sines and cosines of r times each frequency.
+
+    Attributes:
+        layout: see `sinusoid_table`; both halves or pairs.
+        cosine_first: cosines come before sines (MusicGen).
+        to_base: the last wavelength is 2 pi x base, as in tensor2tensor (M2M100, XGLM, Whisper); in the paper it stays
+            one step below.
+        base: of the series.
+    """
+
+    layout: SinusoidLayout = "interleaved"
+    cosine_first: bool = False
+    to_base: bool = False
+    base: float = 10000.0
+
+    def rows(self, at: Tensor, dim: int) -> Tensor:
+        """Rows for whole or fractional row numbers `at` [n]: [n, dim], float32, computed in float64."""
+        half = dim // 2
+        step = half - 1 if self.to_base else half
+        frequencies = float(self.base) ** (-torch.arange(half, dtype=torch.float64) / max(step, 1))
+        angle = at.double()[:, None] * frequencies
+        parts = (angle.cos(), angle.sin()) if self.cosine_first else (angle.sin(), angle.cos())
+        joined = torch.cat(parts, dim=-1) if self.layout == "halves" else torch.stack(parts, dim=-1).flatten(-2)
+        return joined.float()
+
+
+_KNOWN = tuple(
+    Sinusoid(layout, cosine_first, to_base)
+    for layout in ("interleaved", "halves")
+    for cosine_first in (False, True)
+    for to_base in (False, True)
+)
+# float32 angles of a few thousand, as models compute them, are off by some 1e-4; half precision rounds rows.
+_CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3}
+_CLOSE_HALF = 2e-2
+
+
+def law_of(table: Tensor) -> Sinusoid | None:
+    """The law that a table [rows, dim] was computed by, or None. Rows of zeros (padding) are passed over."""
+    if table.shape[-1] < 4 or table.shape[-1] % 2:
+        return None
+    close = _CLOSE.get(table.dtype, _CLOSE_HALF)
+    rows = table.detach().float().cpu()
+    numbers = rows.abs().sum(-1).nonzero().squeeze(-1)
+    if len(numbers) < 2:
+        return None
+    for law in _KNOWN:
+        if torch.allclose(law.rows(numbers, rows.shape[-1]), rows[numbers], rtol=0, atol=close):
+            return law
+    return None

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ropepatch.attention.scheme import Map, Scheme, unrotated
 from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method, logn_scale
+from ropepatch.methods._base import MAX_FACTOR
+from ropepatch.methods._tables import PositionTable, TableRule
 
 
 class NopeOptions(SchemeOptions):
@@ -16,6 +18,23 @@ class NopeOptions(SchemeOptions):
     scale: float = Field(
         default=1.0, gt=0, le=1e6, description="factor on the scores; above 1 sharpens attention at length"
     )
+    factor: float = Field(
+        default=1.0,
+        ge=1.0,
+        le=MAX_FACTOR,
+        description="target length / trained length, of a model with a position table; nothing limits others",
+    )
+
+
+def zeros(table: PositionTable, length: int, options: NopeOptions) -> Tensor:
+    """Rows that add nothing."""
+    del options
+    return torch.zeros(length, table.rows.shape[-1])
+
+
+def _grid(rows: Tensor, size: tuple[int, int], options: NopeOptions) -> Tensor:
+    del options
+    return torch.zeros(*size, rows.shape[-1])
 
 
 @attention_method(
@@ -23,11 +42,12 @@ class NopeOptions(SchemeOptions):
     aliases=("drope",),
     options=NopeOptions,
     paper="arXiv 2404.12224; arXiv 2512.12167",
-    summary="no rotation and no bias: the scores know nothing of position",
-    finetune="Takes the rotation away that the weights were trained with: useless untuned, it needs a short "
+    summary="no rotation, no bias, no position table: nothing but the causal mask knows of position",
+    finetune="Takes the positions away that the weights were trained with: useless untuned, it needs a short "
     "recalibration run.",
     becomes="none",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "learned", "sinusoidal"),
+    table=TableRule(zeros, grid=_grid, only=("factor",), without=("scale", "logn"), becomes="none"),
 )
 def nope(layer: LayerGeometry, options: NopeOptions) -> Scheme:
     """score(i, j) = scale <q_i, k_j>, times the log-n factor of i where `logn` asks for it.

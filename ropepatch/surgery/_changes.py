@@ -1,4 +1,4 @@
-"""The only six things that a patch may do to a model, each with its exact inverse.
+"""The only seven things that a patch may do to a model, each with its exact inverse.
 
 A change names its place by module path, never by object, so that a record still fits after deepcopy or pickle.
 The old value of a buffer is kept as a non-persistent buffer beside it: whatever moves or casts the model moves and
@@ -72,6 +72,34 @@ class ParameterChange:
         grad = module.get_parameter(self.name).requires_grad
         module.register_parameter(self.name, nn.Parameter(module.get_buffer(KEPT + self.name), requires_grad=grad))
         delattr(module, KEPT + self.name)
+
+
+@dataclass(frozen=True)
+class TableChange:
+    """A parameter that got other data, of another size too. It stays the same object, so whoever shares it follows."""
+
+    path: str
+    name: str
+
+    @classmethod
+    def apply(cls, host: nn.Module, path: str, name: str, value: torch.Tensor) -> TableChange:
+        module = host.get_submodule(path)
+        table = module.get_parameter(name)
+        refuse_meta(table, f"{path}.{name}")
+        module.register_buffer(KEPT + name, table.data, persistent=False)
+        _set_data(table, value.to(device=table.device, dtype=table.dtype, copy=True))
+        return cls(path, name)
+
+    def revert(self, host: nn.Module) -> None:
+        module = host.get_submodule(self.path)
+        _set_data(module.get_parameter(self.name), module.get_buffer(KEPT + self.name))
+        delattr(module, KEPT + self.name)
+
+
+def _set_data(table: nn.Parameter, value: torch.Tensor) -> None:
+    # A gradient of the other size would be added to at the next backward.
+    table.grad = None
+    table.data = value
 
 
 @dataclass(frozen=True)
@@ -162,7 +190,7 @@ class HookChange:
             getattr(module, place, {}).pop(self.key, None)
 
 
-Change = BufferChange | ParameterChange | AttributeChange | ConfigChange | ModuleChange | HookChange
+Change = BufferChange | ParameterChange | TableChange | AttributeChange | ConfigChange | ModuleChange | HookChange
 
 
 def revert_all(host: nn.Module, changes: list[Change]) -> None:

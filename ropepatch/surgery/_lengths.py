@@ -15,6 +15,13 @@ LENGTH_NAMES = (
     "seq_length",
     "max_source_positions",
 )
+# Beside these, what states the rows of one of several position tables.
+TABLE_LENGTH_NAMES = (
+    *LENGTH_NAMES,
+    "max_target_positions",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
 
 
 def length_name(config: Any) -> str | None:

@@ -12,6 +12,7 @@ from ropepatch.attention.interface import LEARNED
 from ropepatch.errors import UsageError
 from ropepatch.files import read_object, write_atomic, write_json
 from ropepatch.record import RECORD_ATTRIBUTE
+from ropepatch.surgery._changes import KEPT, TableChange
 
 LEARNED_FILE: Literal["ropepatch.safetensors"] = "ropepatch.safetensors"
 ADAPTER_FILE = "adapter_config.json"
@@ -19,8 +20,8 @@ IN_NAME = f".{LEARNED}."
 
 
 def write_sidecar(host: Any, folder: Path, side: sidecar.Sidecar) -> None:
-    """Write what the model's own `save_pretrained` leaves out into a folder that it has written: `ropepatch.json`, and
-    the parameters that the patch learns.
+    """Write what the model's own `save_pretrained` leaves out into a folder that it has written: `ropepatch.json`, the
+    parameters that the patch learns, and the position tables as they were before it.
 
     Args:
         host: the transformers model.
@@ -32,7 +33,8 @@ def write_sidecar(host: Any, folder: Path, side: sidecar.Sidecar) -> None:
     if side.learned is not None:
         from safetensors.torch import save
 
-        write_atomic(folder / LEARNED_FILE, save({k: v.cpu().contiguous() for k, v in learned_of(host).items()}))
+        beside = learned_of(host) | (tables_of(host) if side.kind == "model" else {})
+        write_atomic(folder / LEARNED_FILE, save({k: v.cpu().contiguous() for k, v in beside.items()}))
     if (folder / ADAPTER_FILE).exists():
         # PEFT names entries that it does not know when it loads: whoever loads the adapter without its patch is told.
         entries = read_object(folder / ADAPTER_FILE)
@@ -63,6 +65,7 @@ def sidecar_of(host: Any, adapter: Any = None) -> sidecar.Sidecar | None:
             hint="unpatch the part and patch the whole model",
         )
     identity = sidecar.identity(host.config)
+    beside = learned_of(host) or (adapter is None and tables_of(host))
     return sidecar.Sidecar(
         kind="model" if adapter is None else "adapter",
         patch=sidecar.parse(content, sidecar.Patch, "the patch of the model"),
@@ -71,10 +74,18 @@ def sidecar_of(host: Any, adapter: Any = None) -> sidecar.Sidecar | None:
         base_revision=getattr(adapter, "revision", None),
         identity=identity,
         config_hash=sidecar.config_hash(identity),
-        learned=LEARNED_FILE if learned_of(host) else None,
+        learned=LEARNED_FILE if beside else None,
     )
 
 
 def learned_of(host: nn.Module) -> dict[str, Tensor]:
     """The parameters that the patch learns, by name."""
     return {name: value.detach() for name, value in host.named_parameters() if IN_NAME in name}
+
+
+def tables_of(host: nn.Module) -> dict[str, Tensor]:
+    """The position tables that the patch replaced, as they were, by the names under which they are kept."""
+    record = vars(host).get(RECORD_ATTRIBUTE)
+    changes = [change for change in record.undo if isinstance(change, TableChange)] if record else []
+    kept = [".".join(part for part in (change.path, KEPT + change.name) if part) for change in changes]
+    return {name: host.get_buffer(name).detach() for name in kept}

@@ -142,6 +142,11 @@ def _patch(recipe: Recipe) -> Iterator[str]:
             parse_options(method, options)
         except RopepatchError as error:
             yield f"{place}: {_text(error)}"
+    if method.seam == "attention" and recipe.train.sharding != "none" and any(stage.options for stage in stages):
+        yield (
+            f"train.stages with options and train.sharding={recipe.train.sharding}: a sharded model cannot be patched "
+            "again on the attention seam; give each stage a run of its own"
+        )
     if getattr(method, "learned", None) is not None and any(stage.options for stage in stages):
         yield (
             f"patch.method={patch.method} learns parameters of its own, and other options in train.stages would throw "
@@ -241,8 +246,8 @@ def _processes(recipe: Recipe, processes: int | None) -> Iterator[str]:
     train = recipe.train
     shared = train.context_parallel
     if shared > 1:
-        if train.sharding != "none":
-            yield f"train.context_parallel and train.sharding={train.sharding} are not combined: choose one"
+        if train.sharding == "zero3":
+            yield "train.context_parallel and train.sharding=zero3 are not combined: choose one, or fsdp2"
     elif "context_mode" in train.model_fields_set and train.context_mode != "all_gather":
         yield f"train.context_mode={train.context_mode} is how processes share a sequence: raise train.context_parallel"
     if train.offload_activations and not train.gradient_checkpointing:

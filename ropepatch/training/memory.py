@@ -1,9 +1,8 @@
 """Give freed memory back to the system while a step runs on the CPU.
 
 glibc keeps freed blocks of some megabytes in its heap. In a forward with activation checkpointing, the one tensor that
-stays of each layer comes to lie among those that are freed, so that the free space cannot be merged, and the process
-grows by several times what is in use. Trimming the heap after each layer frees the pages in between, and costs about
-one per cent of a step; making every block a mapping of its own costs ten.
+stays of each layer comes to lie among those that are freed, and the process grows by several times what is in use.
+Trimming the heap every few layers gives the pages in between back.
 """
 
 from __future__ import annotations
@@ -11,28 +10,42 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+# Layers. Pages that were given back must be had again: oftener costs time, more seldom costs memory.
+_EVERY = 4
 
 
 @contextmanager
 def trimmed(model: nn.Module) -> Iterator[None]:
-    """Trim the heap after each layer that is checkpointed, for the length of a with block; elsewhere than with glibc
-    and on the CPU nothing is done."""
+    """Trim the heap after every fourth layer's forward and before its backward, for the length of a with block.
+
+    Elsewhere than with glibc and on the CPU nothing is done.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     trim = _trim() if next(model.parameters()).device.type == "cpu" else None
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing") and _is_layer(module)]
-    hooks = [] if trim is None else [layer.register_forward_hook(lambda *_: trim(0) and None) for layer in layers]
+
+    def now(*_: object) -> None:
+        assert trim is not None
+        trim(0)
+
+    def after(_: nn.Module, __: object, output: Tensor | tuple[Any, ...]) -> None:
+        now()
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            # Reached when the next layer's backward is done.
+            hidden.register_hook(now)
+
+    layers = [] if trim is None else [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    hooks = [layer.register_forward_hook(after) for layer in layers[_EVERY - 1 :: _EVERY]]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _is_layer(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(module, GradientCheckpointingLayer)
 
 
 def _trim() -> Callable[[int], int] | None:

@@ -420,6 +420,7 @@ def _opened(recipe: Recipe, output: Path, launch: Launch, resume: bool) -> Itera
 def _checkpointed(model: Any, recipe: Recipe) -> Iterator[None]:
     """Activation checkpointing, as the recipe asks, for the length of a with block."""
     from ropepatch.families import host_of
+    from ropepatch.training.memory import trimmed
 
     if not recipe.train.gradient_checkpointing:
         yield
@@ -438,7 +439,8 @@ def _checkpointed(model: Any, recipe: Recipe) -> Iterator[None]:
     else:
         host.gradient_checkpointing_enable(gradient_checkpointing_kwargs=words)
     try:
-        yield
+        with trimmed(host):
+            yield
     finally:
         getattr(host, "activation_checkpointing_disable", host.gradient_checkpointing_disable)()
 

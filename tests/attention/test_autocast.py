@@ -69,7 +69,7 @@ def test_a_cache_filled_under_autocast_goes_on() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_a_model_can_be_patched_under_autocast(family: str) -> None:
+def test_looser_families_can_be_patched_under_autocast(family: str) -> None:
     model = tiny_model(family)
     with torch.autocast("cpu", torch.bfloat16):
         ropepatch.patch(model, "rerope", window=8)

@@ -60,11 +60,15 @@ def test_rotary_families_are_patched_and_agree_with_transformers(model_type: str
 
 
 @pytest.mark.parametrize(("model_type", "kind", "mechanism"), OTHERS)
-def test_other_mechanisms_are_named_and_refused(model_type: str, kind: str, mechanism: str) -> None:
+def test_other_mechanisms_are_named_and_what_is_rotary_alone_is_refused(
+    model_type: str, kind: str, mechanism: str
+) -> None:
     support = measure(model_type, kind, QUICK)
     assert support.mechanism == mechanism
-    assert {outcome.status for outcome in support.outcomes.values()} == {"refused"}
-    assert all("rotary" in outcome.detail for outcome in support.outcomes.values())
+    found = {name: outcome.status for name, outcome in support.outcomes.items()}
+    linear = "refused" if mechanism == "none" else "patched"
+    assert found == {"linear": linear, "yarn": "refused", "ntk": "refused"}
+    assert all("rotary" in outcome.detail for outcome in support.outcomes.values() if outcome.status == "refused")
 
 
 def test_alibi_is_named_and_nothing_but_a_clear_refusal_goes_wrong() -> None:

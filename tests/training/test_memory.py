@@ -12,18 +12,21 @@ from ropepatch.training import memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_the_heap_is_trimmed_after_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
+def test_the_heap_is_trimmed_between_layers_on_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", num_hidden_layers=9)
     ids = torch.arange(8)[None]
     expected = model(ids).logits
     real, calls = memory._trim(), []
     assert real is not None and real(0) in (0, 1)
     monkeypatch.setattr(memory, "_trim", lambda: lambda pad: calls.append(pad))
     with memory.trimmed(model):
-        assert torch.equal(model(ids).logits, expected)
-    assert calls == [0] * model.config.num_hidden_layers
-    model(ids)
-    assert len(calls) == model.config.num_hidden_layers
+        logits = model(ids).logits
+        assert torch.equal(logits, expected)
+        assert calls == [0] * 2
+        logits.sum().backward()
+    assert calls == [0] * 4
+    model(ids).logits.sum().backward()
+    assert len(calls) == 4
 
 
 def test_nothing_is_done_where_there_is_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:

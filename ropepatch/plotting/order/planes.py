@@ -64,8 +64,10 @@ def rotation_planes(
             panel.set_xlim(-1.15, 1.15)
             panel.set_ylim(-1.15, 1.15)
         for panel, plane, dots in zip(panels, chosen, points, strict=False):
-            panel.scatter(*dots[trained].T.numpy(), s=9, color="black", linewidths=0)
-            panel.scatter(*dots[~trained].T.numpy(), s=16, color="#D55E00", marker="x", linewidths=0.8)
+            x, y = dots[trained].T.numpy()
+            panel.scatter(x, y, s=9, color="black", linewidths=0)
+            x, y = dots[~trained].T.numpy()
+            panel.scatter(x, y, s=16, color="#D55E00", marker="x", linewidths=0.8)
             panel.set_title(f"plane {plane}: " + _words(float(turns[plane])), fontsize=8)
     return figure
 

@@ -47,11 +47,11 @@ def distance_matrix(
     with canvas(path, size=(6.8, 5.6)) as (figure, (panel,)):
         from matplotlib import colormaps
 
-        edges = (-0.5, length - 0.5)
+        first, last = -0.5, length - 0.5
         image = panel.imshow(
             scaled_distances(scheme, taken, taken).relative.numpy(),
             cmap=colormaps[MAP].with_extremes(bad="white"),
-            extent=(*edges, *reversed(edges)),
+            extent=(first, last, last, first),
             interpolation="nearest",
         )
         panel.set_xlabel("key")

@@ -51,13 +51,13 @@ def position_likeness(rows_Pd: Tensor, *, title: str = "", path: str | os.PathLi
     _check(rows_Pd)
     taken = spread(len(rows_Pd), MOST_POSITIONS)
     with canvas(path, size=(6.4, 5.4)) as (figure, (panel,)):
-        edges = (-0.5, len(rows_Pd) - 0.5)
+        first, last = -0.5, len(rows_Pd) - 0.5
         image = panel.imshow(
             position_cosines(rows_Pd[taken]).numpy(),
             cmap=MAP,
             vmin=-1,
             vmax=1,
-            extent=(*edges, *reversed(edges)),
+            extent=(first, last, last, first),
             interpolation="nearest",
         )
         panel.set_xlabel("position")

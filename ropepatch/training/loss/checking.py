@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ropepatch.errors import VerificationError
+from ropepatch.errors import VerificationError, first_line
 from ropepatch.families._unwrap import host_of
 from ropepatch.training.loss.causal import causal_loss, shift
 from ropepatch.training.loss.chunked import IGNORED
@@ -34,6 +34,10 @@ def check(model: nn.Module, *, chunk: int = 8, backend: str = "chunked") -> None
     with evaluating(model), torch.no_grad():
         try:
             own = float(model(**batch, **without_cache(host)).loss)
+        except Exception as error:  # what a model refuses differs from class to class
+            raise VerificationError(
+                f"the model computes no loss for text alone: {first_line(error)}", given=type(host).__name__
+            ) from error
         finally:
             hook.remove()
         ours = float(causal_loss(model, batch, tokens=tokens, chunk=chunk, backend=backend))
