@@ -10,6 +10,7 @@ from torch import nn
 from ropepatch.errors import UnsupportedModelError
 from ropepatch.families import discover, host_of
 from ropepatch.families._native import PER_CALL_TYPES
+from ropepatch.families._tables import first_row
 
 
 def check_length(model: nn.Module, tokens: int) -> None:
@@ -23,12 +24,12 @@ def check_length(model: nn.Module, tokens: int) -> None:
         module = host.get_submodule(site.path) if site.kind == "table" else None
         # Tables of other kinds grow by themselves.
         if site.part == "text" and isinstance(module, nn.Embedding):
-            length = module.num_embeddings - int(getattr(module, "offset", 0) or 0)
+            length = module.num_embeddings - first_row(host, site.path)
             if tokens > length:
                 raise UnsupportedModelError(
                     f"the model has positions for {length} tokens only ({site.where})",
                     given=f"{tokens} tokens, answer included",
-                    hint="evaluate shorter lengths, or extend the table first",
+                    hint="evaluate shorter lengths, or make the table longer: --patch linear --set factor=2",
                 )
 
 

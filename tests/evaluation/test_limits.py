@@ -33,3 +33,11 @@ def test_only_scalings_that_look_at_the_input_forbid_sharing() -> None:
     model = ropepatch.patch(tiny_model("llama"), "mrrope", factor=4)
     assert model.config.rope_parameters["rope_type"] == "longrope"
     assert length_dependent_rope(model, 200) is None
+
+
+def test_rows_before_the_first_position_do_not_count() -> None:
+    model = tiny_model("roberta")
+    rows, padding = model.config.max_position_embeddings, model.config.pad_token_id
+    check_length(model, rows - padding - 1)
+    with pytest.raises(ropepatch.UnsupportedModelError, match="--patch linear"):
+        check_length(model, rows - padding)
