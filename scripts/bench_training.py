@@ -13,9 +13,9 @@
   all: memory of the first process, and time.
 
 Every way runs in a process of its own, through the same commands as users have. Rounds run all ways of a part, in an
-order that alternates; the first step of a process (or stage) is not counted. Ratios of times are taken within a round,
-and their median is printed. Memory is the most that a process had resident up to the end of its last step: Python,
-libraries and weights included.
+order that alternates; the first step of a process or stage, which is cold and may patch, is not counted. Ratios of
+times are taken within a round, and their median is printed. Memory is the most that a process had resident up to the
+end of its last step: Python, libraries and weights included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,14 +77,14 @@ def recipe(arguments: argparse.Namespace, length: int, **train: Any) -> Recipe:
 # -- the ways
 
 
-def ours(given: Recipe, *, processes: int = 1, threads: int | None = None, command: Iterable[str] = ()) -> Steps:
+def ours(given: Recipe, *, processes: int = 1, threads: int | None = None) -> Steps:
     """A run of `ropepatch train`, by its log."""
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "recipe.yaml"
         file.write_text(json.dumps(given))  # JSON is YAML
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         way = launcher if processes > 1 else [sys.executable]
-        run([*way, "-m", "ropepatch.training", str(file), *command, "--output", f"{place}/run"], threads)
+        run([*way, "-m", "ropepatch.training", str(file), "--output", f"{place}/run"], threads)
         return by_log(Path(place) / "run" / "log.jsonl")
 
 
@@ -227,7 +227,6 @@ def pose(arguments: argparse.Namespace) -> dict[str, Any]:
     given = recipe(arguments, WINDOW, stages=stages, positions={"kind": "pose"}, max_steps=None)
     given["patch"]["original_length"] = WINDOW
     given["patch"]["options"] = {"factor": max(SCALED) / WINDOW}
-    # The first stage once more in front: caches and allocators are cold in it.
     measured = ours(given).seconds
     times: dict[int, list[float]] = {target: [] for target in SCALED}
     for number, target in enumerate(targets):
@@ -248,7 +247,7 @@ def ddp(arguments: argparse.Namespace) -> dict[str, Any]:
     found = rounds(arguments.rounds, ways)
     result = compared(found["ours"], found["one"])
     off = max(abs(a / b - 1) for a, b in zip(found["ours"][0].losses, found["one"][0].losses, strict=True))
-    print(f"two processes against one, four windows of {WINDOW:,} a step: {1 / result['time']:.2f} x the throughput; ")
+    print(f"two processes against one, four windows of {WINDOW:,} a step: {1 / result['time']:.2f} x the throughput")
     print(f"  {seconds(result)}; {memory(result)} for each process; losses differ by {off:.0e}", flush=True)
     return {"window": WINDOW, "loss_off": off, **result}
 
