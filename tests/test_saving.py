@@ -296,6 +296,15 @@ class Broken:
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, which not even root can write to")
+@pytest.mark.parametrize("write", [ropepatch.save_pretrained, ropepatch.export])
+def test_a_place_that_cannot_be_written_is_one_clear_error(write: Any) -> None:
+    model = patched("yarn")
+    with pytest.raises(OutputError, match="/proc"):
+        write(model, "/proc/ropepatch")
+    assert ropepatch.inspect(model).method == "yarn"
+
+
 def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     target = tmp_path / "model"
     first, second = patched("yarn"), patched("linear")
