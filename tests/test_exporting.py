@@ -117,7 +117,7 @@ def test_in_an_environment_without_ropepatch(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
         if torch.equal(found, expected):
             exact.add(method)
-    assert exact >= {"linear", "llama3", "longrope", "yarn", *tables}
+    assert exact >= {"abf", "linear", "llama3", "longrope", "ntk", "yarn", *tables}
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", "gpt_neox", "deepseek_v3", "qwen3", "smollm3", "olmo2"])

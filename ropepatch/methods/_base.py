@@ -178,6 +178,20 @@ def implied_length(geometry: RotaryGeometry, log_factor: float) -> int:
     return round(geometry.original_length * math.exp(log_factor))
 
 
+def rebased(geometry: RotaryGeometry, rope_theta: float, stretch: Tensor) -> Tensor:
+    """The frequencies of another base, float32, CPU, [rotary_dim / 2].
+
+    Where the site's are the plain series of its rope_theta, these are the plain series of the new one, to the last bit
+    as transformers computes it, so that a config with this base says the same. Elsewhere each is divided by `stretch`
+    (float64, [rotary_dim / 2]) and rounded once.
+    """
+    plain = periods(geometry)
+    if plain.dtype == torch.float64:
+        return (geometry.inv_freq.double() / stretch).float()
+    exponents = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32) / geometry.rotary_dim
+    return 1.0 / rope_theta**exponents
+
+
 def periods(geometry: RotaryGeometry) -> Tensor:
     """1 / f_i, the tokens that each plane takes for one radian, shape [rotary_dim / 2].
 

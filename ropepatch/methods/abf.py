@@ -16,6 +16,7 @@ from ropepatch.methods._base import (
     RotaryGeometry,
     frequency_method,
     implied_length,
+    rebased,
     scaled_length,
 )
 
@@ -67,10 +68,11 @@ def abf(geometry: RotaryGeometry, options: AbfOptions) -> Frequencies:
     ratio = _ratio(geometry, options)
     exponents = torch.arange(geometry.rotary_dim // 2, dtype=torch.float64) * 2 / geometry.rotary_dim
     stretch = torch.pow(torch.tensor(ratio, dtype=torch.float64), exponents)
+    rope_theta = options.rope_theta or geometry.rope_theta * ratio
     return Frequencies(
-        inv_freq=(geometry.inv_freq.double() / stretch).float(),
+        inv_freq=rebased(geometry, rope_theta, stretch),
         target_length=_target(geometry, options),
-        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta or geometry.rope_theta * ratio},
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from ropepatch.errors import OptionError
-from ropepatch.methods._base import FactorOptions, Frequencies, RotaryGeometry, frequency_method, scaled_length
+from ropepatch.methods._base import (
+    FactorOptions,
+    Frequencies,
+    RotaryGeometry,
+    frequency_method,
+    rebased,
+    scaled_length,
+)
 
 
 @frequency_method(
@@ -29,11 +36,9 @@ def ntk(geometry: RotaryGeometry, options: FactorOptions) -> Frequencies:
         raise OptionError("ntk needs at least two planes", given=f"rotary_dim={d}", hint="use linear")
     index = torch.arange(d // 2, dtype=torch.float64)
     stretch = torch.pow(torch.tensor(options.factor, dtype=torch.float64), 2 * index / (d - 2))
+    rope_theta = geometry.rope_theta * options.factor ** (d / (d - 2))
     return Frequencies(
-        inv_freq=(geometry.inv_freq.double() / stretch).float(),
+        inv_freq=rebased(geometry, rope_theta, stretch),
         target_length=scaled_length(geometry, options.factor),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": geometry.rope_theta * options.factor ** (d / (d - 2)),
-        },
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )

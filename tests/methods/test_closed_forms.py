@@ -61,6 +61,19 @@ def check_by_turns(
     check(result, geometry, formula, 5, (6 * fast + slow) / (fast - slow) + 4, factor)
 
 
+def check_rebased(result: Frequencies, geometry: RotaryGeometry, formula: Callable[[int, float], float]) -> None:
+    """Another base: on a plain series it is transformers' own series of the base that the config is to name, bit for
+    bit; its float32 powers have one rounding for each e-fold of either base. Elsewhere it is rounded once.
+    """
+    assert result.rope_parameters is not None
+    new, d = result.rope_parameters["rope_theta"], geometry.rotary_dim
+    plain = periods(geometry).dtype == torch.float32
+    if plain:
+        theirs = 1.0 / (new ** (torch.arange(0, d, 2, dtype=torch.int64).to(dtype=torch.float) / d))
+        assert torch.equal(result.inv_freq, theirs)
+    check(result, geometry, formula, 4 + math.log(geometry.rope_theta) + math.log(new) if plain else 2)
+
+
 @few
 @given(sites(2), FACTORS)
 def test_linear(geometry: RotaryGeometry, s: float) -> None:
@@ -72,7 +85,7 @@ def test_linear(geometry: RotaryGeometry, s: float) -> None:
 def test_ntk(geometry: RotaryGeometry, s: float) -> None:
     d = geometry.rotary_dim
     result = compute("ntk", geometry, factor=s)
-    check(result, geometry, lambda i, f: f * s ** (-2 * i / (d - 2)))
+    check_rebased(result, geometry, lambda i, f: f * s ** (-2 * i / (d - 2)))
     assert result.rope_parameters is not None
     assert result.rope_parameters["rope_theta"] == pytest.approx(geometry.rope_theta * s ** (d / (d - 2)), rel=1e-12)
 
@@ -159,7 +172,7 @@ def test_abf_by_factor(geometry: RotaryGeometry, s: float) -> None:
     length = geometry.original_length
     new = theta ** math.log(s * length / (2 * math.pi), length / (2 * math.pi))
     result = compute("abf", geometry, factor=s)
-    check(result, geometry, lambda i, f: f * (new / theta) ** (-2 * i / d))
+    check_rebased(result, geometry, lambda i, f: f * (new / theta) ** (-2 * i / d))
     assert result.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(new, rel=1e-10)}
     # The plane that completed one turn over the trained length takes the whole target length for it now.
     critical = math.log(length / (2 * math.pi)) / math.log(theta)
@@ -171,7 +184,7 @@ def test_abf_by_factor(geometry: RotaryGeometry, s: float) -> None:
 def test_abf_by_base(geometry: RotaryGeometry, times: float) -> None:
     new = geometry.rope_theta * times
     result = compute("abf", geometry, rope_theta=new)
-    check(result, geometry, lambda i, f: f * times ** (-2 * i / geometry.rotary_dim))
+    check_rebased(result, geometry, lambda i, f: f * times ** (-2 * i / geometry.rotary_dim))
     assert result.target_length >= geometry.original_length
     assert result.rope_parameters == {"rope_type": "default", "rope_theta": new}
     # There and back: the factor that the base implies calls for that base.
