@@ -71,7 +71,7 @@ def check_rebased(result: Frequencies, geometry: RotaryGeometry, formula: Callab
     if plain:
         theirs = 1.0 / (new ** (torch.arange(0, d, 2, dtype=torch.int64).to(dtype=torch.float) / d))
         assert torch.equal(result.inv_freq, theirs)
-    check(result, geometry, formula, 4 + math.log(geometry.rope_theta) + math.log(new) if plain else 2)
+    check(result, geometry, formula, 8 + math.log(geometry.rope_theta) + math.log(new) if plain else 2)
 
 
 @few
