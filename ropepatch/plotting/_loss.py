@@ -12,6 +12,7 @@ from ropepatch.errors import UsageError
 from ropepatch.plotting._dependency import require_matplotlib
 from ropepatch.plotting._figures import figure_format, save_figure
 from ropepatch.plotting._heatmap import run_titles
+from ropepatch.plotting.order._canvas import mark_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,17 +61,7 @@ def loss_by_position(
         _line(panel, run["by_position"], title, number)
     reach = max(entry["end"] for run in runs for entry in run["by_position"])
     for trained in sorted({run["trained_length"] for run in runs if run.get("trained_length")}):
-        if trained < reach:
-            panel.axvline(trained, color="0.35", linewidth=1.2, linestyle=(0, (1, 1)))
-            panel.annotate(
-                f"trained length {trained:,}",
-                (trained, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -3),
-                textcoords="offset points",
-                va="top",
-                fontsize=8,
-            )
+        mark_length(panel, trained, "trained length", below=reach)
     panel.set_xlabel("position in the model's input (tokens)")
     panel.set_ylabel("loss (nats per token)")
     panel.set_xlim(0, reach)
