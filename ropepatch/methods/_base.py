@@ -7,7 +7,7 @@ tensors in, CPU tensors out, float32 at both ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -185,11 +185,9 @@ def rebased(geometry: RotaryGeometry, rope_theta: float, stretch: Tensor) -> Ten
     as transformers computes it, so that a config with this base says the same. Elsewhere each is divided by `stretch`
     (float64, [rotary_dim / 2]) and rounded once.
     """
-    plain = periods(geometry)
-    if plain.dtype == torch.float64:
+    if periods(geometry).dtype == torch.float64:
         return (geometry.inv_freq.double() / stretch).float()
-    exponents = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32) / geometry.rotary_dim
-    return 1.0 / rope_theta**exponents
+    return 1.0 / plain_periods(geometry, rope_theta)
 
 
 def periods(geometry: RotaryGeometry) -> Tensor:
@@ -199,5 +197,16 @@ def periods(geometry: RotaryGeometry) -> Tensor:
     series transformers starts from, so a method that keeps to this dtype can round wherever transformers rounds.
     At any other site float64, whose reciprocal in float32 is the site's frequency to the last bit.
     """
-    series = geometry.rope_theta ** (torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32) / geometry.rotary_dim)
+    series = plain_periods(geometry)
     return series if torch.equal(1.0 / series, geometry.inv_freq) else 1.0 / geometry.inv_freq.double()
+
+
+def plain_periods(geometry: RotaryGeometry, rope_theta: float | None = None) -> Tensor:
+    """rope_theta^(2i/d), float32, CPU, shape [rotary_dim / 2]: the series that transformers starts from."""
+    exponents = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float32) / geometry.rotary_dim
+    return (geometry.rope_theta if rope_theta is None else rope_theta) ** exponents
+
+
+def divided(period: Tensor, divisors: Sequence[float]) -> Tensor:
+    """Frequencies of planes whose periods, shape [rotary_dim / 2], are multiplied by `divisors`; float32."""
+    return (1 / (torch.tensor(divisors, dtype=period.dtype) * period)).float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from ropepatch.errors import OptionError
@@ -13,6 +12,7 @@ from ropepatch.methods._base import (
     FactorOptions,
     Frequencies,
     RotaryGeometry,
+    divided,
     frequency_method,
     periods,
     scaled_length,
@@ -68,9 +68,8 @@ def longrope(geometry: RotaryGeometry, options: LongRopeOptions) -> Frequencies:
         )
     divisors = options.long_factor if options.use == "long" else options.short_factor
     gain = _gain(geometry, options)
-    period = periods(geometry)
     return Frequencies(
-        inv_freq=(1 / (torch.tensor(divisors, dtype=period.dtype) * period)).float(),
+        inv_freq=divided(periods(geometry), divisors),
         target_length=scaled_length(geometry, options.factor),
         attention_scaling=gain,
         rope_parameters={

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ropepatch.families._site import Site
-from ropepatch.methods._base import Frequencies, RotaryGeometry
+from ropepatch.methods._base import Frequencies, RotaryGeometry, divided, plain_periods
 
 _SCALING_KEYS = frozenset(
     (
@@ -19,11 +20,35 @@ _SCALING_KEYS = frozenset(
     )
 )
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
-# JSON has no infinity. At this divisor a plane turns less than 1e-20 rad over any context: it stands still.
-_STILL = 1e30
+# JSON has no infinity. Times a period above 1 this one is infinite in float32: the plane stands still.
+_STILL = torch.finfo(torch.float32).max
 
 
-def spelled(geometry: RotaryGeometry, result: Frequencies, site: Site, config: Any) -> dict[str, Any]:
+def settled(geometry: RotaryGeometry, result: Frequencies, site: Site, config: Any) -> Frequencies:
+    """`result` as plain transformers will read it: what only `longrope` divisors can say takes their values.
+
+    Not every float32 is the reciprocal of one, so a frequency may move by its last bit. Without this a saved model
+    and the patched one would differ by that bit.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        return result
+    words = words_for(geometry, result, site, config)
+    if words["rope_type"] != "longrope":
+        return result
+    inv_freq = divided(plain_periods(geometry), words["long_factor"])
+    return replace(result, inv_freq=inv_freq, rope_parameters=words)
+
+
+def words_for(geometry: RotaryGeometry, result: Frequencies, site: Site, config: Any) -> dict[str, Any]:
+    """What to write into the `rope_parameters` of `config`, which has some, at this place."""
+    words = _spelled(geometry, result, site, config)
+    if _is_refused(config, merged(config.rope_parameters, site.layer_type, words)):
+        words = as_longrope(geometry, result.inv_freq, result.attention_scaling, result.target_length)
+    return words
+
+
+def _spelled(geometry: RotaryGeometry, result: Frequencies, site: Site, config: Any) -> dict[str, Any]:
     """`result` in the words that transformers reads at this place: the method's own, else `longrope` factors."""
     words = result.rope_parameters
 
@@ -52,9 +77,11 @@ def _goes_unread(words: dict[str, Any], label: str | None, config: Any) -> bool:
 
 
 def as_longrope(geometry: RotaryGeometry, inv_freq: Tensor, gain: float, target_length: int) -> dict[str, Any]:
-    """Any frequencies as `longrope` with one list for short and long: rope_theta^(-2i/d) / factor_i."""
-    exponents = torch.arange(0, geometry.rotary_dim, 2, dtype=torch.float64) / geometry.rotary_dim
-    divisors = (geometry.rope_theta**-exponents / inv_freq.double()).clamp(max=_STILL).tolist()
+    """Any frequencies as `longrope` with one list for short and long: rope_theta^(-2i/d) / factor_i.
+
+    In float32 these divisors give the very frequencies wherever any do, else their neighbours.
+    """
+    divisors = _divisors(plain_periods(geometry), inv_freq).tolist()
     return {
         "rope_type": "longrope",
         "factor": target_length / geometry.original_length,
@@ -63,6 +90,16 @@ def as_longrope(geometry: RotaryGeometry, inv_freq: Tensor, gain: float, target_
         "attention_factor": gain,
         "original_max_position_embeddings": geometry.original_length,
     }
+
+
+def _divisors(period: Tensor, inv_freq: Tensor) -> Tensor:
+    nearest = (1 / (period.double() * inv_freq.double())).float().clamp(max=_STILL)
+    up, down = (torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, 0.0))
+    # 1 first: a plane that the method leaves alone says so.
+    candidates = torch.stack([torch.ones_like(nearest), nearest, up.clamp(max=_STILL), down])
+    misses = (1 / (candidates * period) - inv_freq).abs().tolist()
+    best = [min(range(len(candidates)), key=lambda row: misses[row][plane]) for plane in range(len(period))]
+    return candidates[best, torch.arange(len(period))]
 
 
 def merged(parameters: dict[str, Any], label: str | None, words: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +114,7 @@ def merged(parameters: dict[str, Any], label: str | None, words: dict[str, Any])
     return {**parameters, label: new} if isinstance(nested, dict) and label is not None else new
 
 
-def is_refused(config: Any, parameters: dict[str, Any]) -> bool:
+def _is_refused(config: Any, parameters: dict[str, Any]) -> bool:
     """Whether the config's own class allows other scalings only (Phi-3: longrope), so that it could not be saved."""
     from transformers import PreTrainedConfig
 

@@ -28,7 +28,7 @@ from ropepatch.methods._base import Frequencies, FrequencyMethod, MethodOptions,
 from ropepatch.surgery import _table
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, ConfigChange, revert_all
 from ropepatch.surgery._lengths import length_name, trained_length
-from ropepatch.surgery._truth import as_longrope, is_refused, merged, spelled
+from ropepatch.surgery._truth import as_longrope, merged, settled, words_for
 
 ON_SCALED = ("replace", "multiply")
 
@@ -42,7 +42,7 @@ class SitePlan:
         base: the frequencies in force before the patch, float32, CPU, [rotary_dim / 2].
         base_gain: the gain on cos and sin in force before the patch.
         geometry: what the method computed from.
-        result: what it computed; the gain includes that of a multiplied native scaling.
+        result: what it computed, as the config can say it; the gain includes that of a multiplied native scaling.
         scaling: the native scaling that was there, or None.
         replaces: whether that scaling is dropped rather than built upon.
     """
@@ -123,6 +123,7 @@ def _plan_site(
             result,
             rope_parameters=as_longrope(geometry, result.inv_freq, result.attention_scaling, result.target_length),
         )
+    result = settled(geometry, result, site, config)
     return SitePlan(site, base, base_gain, geometry, result, scaling, on_scaled == "replace")
 
 
@@ -214,12 +215,7 @@ def _write_config(host: nn.Module, path: str, item: SitePlan, plans: Sequence[Si
     config: Any = host.get_submodule(path).config
     parameters = getattr(config, "rope_parameters", None)
     if parameters:
-        words = spelled(item.geometry, item.result, item.site, config)
-        new = merged(parameters, item.site.layer_type, words)
-        if is_refused(config, new):
-            result = item.result
-            words = as_longrope(item.geometry, result.inv_freq, result.attention_scaling, result.target_length)
-            new = merged(parameters, item.site.layer_type, words)
+        new = merged(parameters, item.site.layer_type, words_for(item.geometry, item.result, item.site, config))
         if new != parameters:
             changes.append(ConfigChange.apply(host, path, "rope_parameters", new))
     name = length_name(config)
