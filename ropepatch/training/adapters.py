@@ -15,7 +15,7 @@ from torch import nn
 
 from ropepatch.attention.interface import LEARNED
 from ropepatch.errors import DependencyError, OptionError, UnsupportedModelError, did_you_mean
-from ropepatch.families import host_of
+from ropepatch.families import discover, host_of
 from ropepatch.training import loading
 from ropepatch.training.recipe import LoraSection, Recipe
 
@@ -60,14 +60,18 @@ def add_lora(model: nn.Module, lora: LoraSection, *, base: str | None = None, re
 
     Raises:
         OptionError: `target_modules` that match nothing.
-        UnsupportedModelError: no attention projections, norms or embeddings are found.
+        UnsupportedModelError: no attention projections, norms, embeddings or position tables are found.
         DependencyError: peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise DependencyError("LoRA needs peft", hint="run: pip install 'ropepatch[train]'") from error
-    whole = [*(_norms(model) if lora.train_norms else ()), *(_embeddings(model) if lora.train_embeddings else ())]
+    whole = [
+        *(_norms(model) if lora.train_norms else ()),
+        *(_embeddings(model) if lora.train_embeddings else ()),
+        *(_positions(model) if lora.train_positions else ()),
+    ]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -176,6 +180,20 @@ def _embeddings(model: nn.Module) -> list[str]:
     if head is not None and not _tied(model):
         names.append(named[id(head)])
     return names
+
+
+def _positions(model: nn.Module) -> list[str]:
+    """Full names of the modules whose weight is a position table."""
+    host = host_of(model)
+    tables = [site.path for site in discover(host) if site.mechanism == "learned" and site.name == "weight"]
+    if not tables:
+        raise UnsupportedModelError(
+            "lora.train_positions: the model has no learned position table",
+            given=host.config.model_type,
+            hint="leave train_positions out",
+        )
+    named = {id(module): name for name, module in model.named_modules()}
+    return [named[id(host.get_submodule(path))] for path in tables]
 
 
 def _tied(model: nn.Module) -> bool:

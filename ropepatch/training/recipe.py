@@ -52,6 +52,7 @@ class LoraSection(Section):
         target_modules: names, "attention" (query, key, value and output projections) or "all-linear".
         train_norms: train the norms whole, as LongLoRA does.
         train_embeddings: train the token embeddings whole; tied heads stay tied.
+        train_positions: train a learned position table whole.
         merge: also write the model with the adapter merged into it.
     """
 
@@ -63,6 +64,7 @@ class LoraSection(Section):
     use_rslora: bool = False
     train_norms: bool = False
     train_embeddings: bool = False
+    train_positions: bool = False
     merge: bool = False
 
 

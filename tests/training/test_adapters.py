@@ -112,6 +112,30 @@ def test_what_is_trained_comes_back(settings: dict[str, Any], method: str, tied:
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_a_longer_position_table_is_trained_and_comes_back(model_type: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    asked = recipe(tmp_path / "base", lora={"r": 2, "train_positions": True}, patch=None)
+    model = stirred(adapt(ropepatch.patch(base, "linear", factor=4), asked)).eval()
+    tables = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+    assert len(tables) == 1
+    assert len(tables[0]) >= 4 * 64
+    ids = torch.arange(200)[None] % 100
+    with torch.no_grad():
+        before = model(ids).logits
+        ropepatch.save_pretrained(model, tmp_path / "adapter")
+        again = ropepatch.from_pretrained(tmp_path / "adapter").eval()
+        assert torch.equal(again(ids).logits, before)
+
+
+def test_a_model_without_a_table_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="train_positions"):
+        add_lora(tiny_model("llama"), LoraSection(r=2, train_positions=True))
+
+
 def test_adapters_depend_on_the_seed_alone(tiny_model_folder: Path) -> None:
     def first(seed: int) -> torch.Tensor:
         torch.rand(seed + 3)
