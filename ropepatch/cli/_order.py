@@ -131,7 +131,16 @@ def _wavelengths(wish: Wish) -> None:
 def _bias(wish: Wish) -> None:
     from ropepatch.plotting.order.lines import bias_curves
     from ropepatch.plotting.order.numbers import bias_by_distance, spread
+    from ropepatch.plotting.order.reading import native_biases
 
+    if wish.model is not None and native_biases(_outline(wish.model)):
+        model = _weights(wish.model)
+        apply_patch(model, wish.patch, wish.options)
+        native = _choose(native_biases(model), wish.site)
+        distances, bias = native.over(wish.length or 512)
+        label = _label(wish) if wish.patch else wish.model
+        bias_curves(distances, bias, title=f"{label}, {native.where}", path=wish.output)
+        return
     seen = _attention(wish)
     part = seen.after or seen.before
     length = wish.length or min(_reach(seen), 4096)
@@ -216,9 +225,13 @@ def _attention(wish: Wish) -> _Seen:
         return _Seen(before, None, wish.model, trained, trained)
     apply_patch(model, wish.patch, wish.options)
     found = ropepatch.inspect(model)
+    return _Seen(before, _choose(attentions(model), wish.site), _label(wish), trained, found.target_length)
+
+
+def _label(wish: Wish) -> str:
+    """The patch in words."""
     settings = ", ".join(f"{name}={value}" for name, value in wish.options.items())
-    label = wish.patch + (f" ({settings})" if settings else "")
-    return _Seen(before, _choose(attentions(model), wish.site), label, trained, found.target_length)
+    return str(wish.patch) + (f" ({settings})" if settings else "")
 
 
 def _reach(seen: _Seen) -> int:

@@ -16,9 +16,9 @@ from ropepatch.testing import tiny_model
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {}
-    for kind in ("llama", "gpt2"):
+    for kind in ("llama", "gpt2", "t5"):
         made[kind] = str(tmp_path_factory.mktemp(kind))
-        tiny_model(kind).save_pretrained(made[kind])
+        tiny_model(kind, "encoder-decoder" if kind == "t5" else "causal-lm").save_pretrained(made[kind])
     return made
 
 
@@ -41,6 +41,8 @@ def run(*arguments: str) -> tuple[int, str]:
         ("planes", "--model", "llama"),
         ("bias", "--model", "llama", "--patch", "alibi"),
         ("remap", "--model", "llama", "--patch", "self_extend", "--set", "factor=2"),
+        ("bias", "--model", "t5"),
+        ("bias", "--model", "t5", "--patch", "linear", "--set", "factor=2", "--site", "decoder", "--length", "40"),
     ],
     ids=" ".join,
 )
@@ -66,6 +68,7 @@ def test_a_figure_is_written(arguments: tuple[str, ...], folders: dict[str, str]
         (("decay", "--patch", "yarn"), "--patch needs --model"),
         (("heatmap", "--model", "llama", "some-folder"), "does not go with"),
         (("table", "--model", "gpt2", "--site", "nowhere"), "no such site"),
+        (("bias", "--model", "t5", "--length", "100000"), "is a matrix"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

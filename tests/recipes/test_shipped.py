@@ -28,6 +28,8 @@ MODELS = {
     "mistralai/Mistral-7B-v0.3": ("mistral", 32768, {"rope_theta": 1000000.0}),
     "EleutherAI/pythia-1.4b": ("gpt_neox", 2048, {"rope_theta": 10000.0}),
     "openai-community/gpt2": ("gpt2", 1024, {}),
+    "scratch:recipes/tiny-gpt2/model": ("gpt2", 128, {}),
+    "runs/tiny-gpt2/base/model": ("gpt2", 128, {}),
 }
 
 
@@ -92,7 +94,7 @@ def folders(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_the_shipped_families() -> None:
     assert {name.split("/")[0] for name in data_names("recipes")} >= {
-        "gpt2", "llama-3-8b", "mistral-7b", "pythia", "qwen3", "smollm2-135m",
+        "gpt2", "llama-3-8b", "mistral-7b", "pythia", "qwen3", "smollm2-135m", "tiny-gpt2",
     }  # fmt: skip
     assert not any(name.startswith("accelerate") for name in data_names("recipes"))
 
@@ -103,7 +105,8 @@ def test_settings_go_together(name: str) -> None:
     check(recipe, processes=8 if recipe.train.sharding != "none" else 1)
     assert 0 < len(recipe.description) <= 200
     assert {run.suite for run in recipe.eval.runs} >= {"perplexity"}
-    if recipe.patch is not None and recipe.patch.method not in ("alibi", "nope"):
+    # A model of 2.2M weights finds no keys.
+    if recipe.patch and recipe.patch.method not in ("alibi", "nope") and not name.startswith("tiny-gpt2/"):
         assert {run.suite for run in recipe.eval.runs} >= {"passkey"}
     assert (find_data("recipes", name).parent / "README.md").is_file()
 

@@ -113,7 +113,7 @@ def bias_curves(
     """Draw the bias by distance, one line a head; beyond eight heads, eight of them taken evenly are named.
 
     Args:
-        distances: int64 [N], in tokens.
+        distances: int64 [N], in tokens, rising; below 0 for keys ahead.
         bias_HN: float [H, N], added to the scores.
         title: of the figure.
         path: where to save the figure too, ending in .png or .svg.
@@ -135,7 +135,7 @@ def bias_curves(
                 panel.plot(distances.numpy(), bias_HN[head].numpy(), color="0.8", linewidth=0.7, zorder=1)
         panel.set_xlabel("distance (tokens)")
         panel.set_ylabel("added to the score")
-        panel.set_xlim(0, float(distances.max()))
+        panel.set_xlim(float(distances.min()), float(distances.max()))
         panel.set_title(title, fontsize=10)
         panel.grid(color="0.9")
         _legend(figure, panel)

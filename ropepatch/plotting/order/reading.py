@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ropepatch.attention.interface import LEARNED, SEAM
 from ropepatch.attention.scheme import Rotary, Scheme, rotated, unrotated
-from ropepatch.errors import UnsupportedModelError
+from ropepatch.errors import UnsupportedModelError, UsageError
 from ropepatch.families import discover, host_of
 from ropepatch.families._alibi_core import CORES
 from ropepatch.families._native import current_frequencies
@@ -44,6 +45,62 @@ class Attention:
     scheme: Scheme
     rotary: Rotary | None
     learned: Any = None
+
+
+@dataclass(frozen=True)
+class NativeBias:
+    """A bias by distance that a model brings itself (T5 and its kin).
+
+    Attributes:
+        where: the attention module.
+        module: that module, whose `compute_bias` says it.
+    """
+
+    where: str
+    module: Any
+
+    def over(self, length: int) -> tuple[Tensor, Tensor]:
+        """The bias of `length` queries on as many keys, by distance.
+
+        Returns:
+            Distances int64 [N], query minus key, and the bias, float32 [H, N]. A decoder has 0 .. length - 1, an
+            encoder also keys ahead.
+
+        Raises:
+            UsageError: longer than `LONGEST_NATIVE`, for the model makes the whole matrix.
+        """
+        import torch
+
+        if not 2 <= length <= LONGEST_NATIVE:
+            raise UsageError("the model's own bias is a matrix", given=length, allowed=f"2 to {LONGEST_NATIVE} tokens")
+        with torch.no_grad():
+            bias_HTN = self.module.compute_bias(length, length)[0].float().cpu()
+        past, ahead = bias_HTN[:, -1].flip(-1), bias_HTN[:, 0, 1:].flip(-1)
+        distances = torch.arange(length)
+        if self.module.is_decoder:
+            return distances, past
+        return torch.cat((-distances[1:].flip(0), distances)), torch.cat((ahead, past), dim=-1)
+
+
+LONGEST_NATIVE = 4096
+
+
+def native_biases(model: nn.Module) -> list[NativeBias]:
+    """The attention modules that hold a table of biases by distance, in module order; empty where there are none.
+
+    Raises:
+        UnsupportedModelError: there are some, and they say their bias by blocks only (LongT5's local attention).
+    """
+    host = host_of(model)
+    found = [
+        (path, module)
+        for path, module in host.named_modules()
+        if callable(getattr(module, "compute_bias", None)) and hasattr(module, "relative_attention_bias")
+    ]
+    for path, module in found:
+        if "key_length" not in inspect.signature(module.compute_bias).parameters:
+            raise UnsupportedModelError(f"{path} gives its bias by blocks, not by distance, so it cannot be drawn")
+    return [NativeBias(path, module) for path, module in found if hasattr(module, "is_decoder")]
 
 
 def tables(model: nn.Module) -> list[Table]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ropepatch
-from ropepatch.errors import UnsupportedModelError
+from ropepatch.errors import UnsupportedModelError, UsageError
 from ropepatch.plotting.order import numbers
-from ropepatch.plotting.order.reading import attentions, tables
+from ropepatch.plotting.order.reading import attentions, native_biases, tables
 from ropepatch.testing import tiny_model
 
 
@@ -54,6 +54,42 @@ def test_slopes_of_native_alibi(kind: str) -> None:
     heads = len(bias)
     if heads & (heads - 1) == 0:
         assert float(bias[0, 1]) == pytest.approx(-(2 ** (-8 / heads)))
+
+
+def test_the_native_bias_of_t5_is_what_its_scores_get() -> None:
+    """Against the bias that the model's own forward adds, picked by pairs."""
+    model = tiny_model("t5", "encoder-decoder").eval()
+    encoder, decoder = native_biases(model)[:2]
+    assert "encoder" in encoder.where
+    assert "decoder" in decoder.where
+    for found, part, causal in ((encoder, model.encoder, False), (decoder, model.decoder, True)):
+        seen = {}
+
+        def keep(_module: object, _args: object, output: object, seen: dict[str, torch.Tensor] = seen) -> None:
+            seen["bias"] = output[1]  # type: ignore[index]
+
+        handle = found.module.register_forward_hook(keep)
+        extra = {"encoder_hidden_states": torch.zeros(1, 2, model.config.d_model)} if causal else {}
+        with torch.no_grad():
+            part(input_ids=torch.arange(1, 41)[None], use_cache=False, **extra)
+        handle.remove()
+        distances, bias = found.over(40)
+        assert distances.tolist() == list(range(0 if causal else -39, 40))
+        for column, distance in enumerate(distances.tolist()):
+            query = max(distance, 0) if distance >= 0 else 0
+            expected = seen["bias"][0, :, query, query - distance]
+            torch.testing.assert_close(bias[:, column], expected)
+
+
+def test_the_native_bias_follows_a_patch() -> None:
+    model = tiny_model("t5", "encoder-decoder").eval()
+    plain = native_biases(model)[0].over(60)[1]
+    ropepatch.patch(model, "linear", factor=2)
+    scaled = native_biases(model)[0].over(60)[1]
+    middle = 59
+    assert torch.equal(scaled[:, middle::2], plain[:, middle : middle + 30])
+    with pytest.raises(UsageError, match="a matrix"):
+        native_biases(model)[0].over(1 << 20)
 
 
 def test_tables_of_gpt2() -> None:
