@@ -10,7 +10,7 @@
 - pose: one run whose stages have targets of 2k to 64k tokens on windows of 2,048; the time of a step for each.
 - ddp: two processes, one thread each, against one process with two threads, with the same rows in each step.
 - context: two processes that share each sequence of the longest of `--lengths`, against one with the same threads in
-  all: memory of the first process, and time.
+  all: memory of the first process, and time; with activation checkpointing, and without it but with sharded weights.
 
 Every way runs in a process of its own, through the same commands as users have. Rounds run all ways of a part, in an
 order that alternates; the first step of a process or stage, which is cold and may patch, is not counted. Ratios of
@@ -254,21 +254,26 @@ def ddp(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def context(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     length = max(arguments.lengths)
-    given = recipe(arguments, length)
     print(f"two processes that share a sequence of {length:,} tokens, against one")
     results = []
-    for mode in ("all_gather", "ulysses") if arguments.ulysses else ("all_gather",):
-        shared = {**given, "train": {**given["train"], "context_parallel": 2, "context_mode": mode}}
-        ways = {
-            "ours": lambda: ours(shared, processes=2, threads=1),  # noqa: B023
-            "one": lambda: ours(given, threads=2),
-        }
-        found = rounds(arguments.rounds, ways)
-        result = compared(found["ours"], found["one"])
-        off = max(abs(a / b - 1) for a, b in zip(found["ours"][0].losses, found["one"][0].losses, strict=True))
-        print(f"  {mode}: {memory(result)}{verdict('context', result['memory'])}; {seconds(result)}; ", end="")
-        print(f"losses differ by {off:.0e}", flush=True)
-        results.append({"mode": mode, "length": length, "loss_off": off, **result})
+    for checkpointing in (True, False):
+        # What checkpointing leaves is mostly weights: they are shared only where nothing else weighs as much.
+        sharding = "none" if checkpointing else "fsdp2"
+        given = recipe(arguments, length, gradient_checkpointing=checkpointing)
+        for mode in ("all_gather", "ulysses") if arguments.ulysses else ("all_gather",):
+            split = {"context_parallel": 2, "context_mode": mode, "sharding": sharding}
+            shared = {**given, "train": {**given["train"], **split}}
+            ways = {
+                "ours": lambda: ours(shared, processes=2, threads=1),  # noqa: B023
+                "one": lambda: ours(given, threads=2),  # noqa: B023
+            }
+            found = rounds(arguments.rounds, ways)
+            result = compared(found["ours"], found["one"])
+            off = max(abs(a / b - 1) for a, b in zip(found["ours"][0].losses, found["one"][0].losses, strict=True))
+            kept = "with" if checkpointing else "without"
+            print(f"  {mode}, sharding {sharding}, {kept} activation checkpointing: {memory(result)}", end="")
+            print(f"{verdict('context', result['memory'])}; {seconds(result)}; losses differ by {off:.0e}", flush=True)
+            results.append({"mode": mode, "length": length, "sharding": sharding, "loss_off": off, **result})
     return results
 
 
