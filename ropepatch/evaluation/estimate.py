@@ -14,7 +14,6 @@ WORTH_SAYING = 20.0
 _SHORT = 16
 _LONGEST = 1024
 _PATIENCE = 3.0
-_TWICE = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def measure_pace(
         read: reads the first n tokens of a text in one call, and is done when it returns.
         longest: tokens of that text.
         quadratic: as for `token_cost`.
-        patience: seconds that it may take; only the first, short reading may take longer.
+        patience: seconds that it may take after a first reading, which warms up; a second may take longer.
         clock: the time in seconds.
     """
 
@@ -62,11 +61,10 @@ def measure_pace(
     def work(tokens: int) -> float:
         return token_cost(0, tokens, quadratic=quadratic)
 
-    began = clock()
     short = min(_SHORT, longest)
-    quick = timed(short)
-    if quick < _TWICE:  # so fast that starting up may be most of it
-        quick = min(quick, timed(short))
+    cold = timed(short)  # starting up, or weights that are read from a disk, may be most of it
+    began = clock()
+    quick = min(cold, timed(short))
     few = work(short)
     # Until there are two lengths, a call is taken to cost nothing by itself.
     tokens, slow, pace = short, quick, Pace(0.0, quick / few)
