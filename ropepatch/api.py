@@ -21,7 +21,7 @@ from ropepatch.methods._base import METHODS, FrequencyMethod, MethodOptions
 from ropepatch.methods._info import option_table
 from ropepatch.methods._options import parse_options
 from ropepatch.record import RECORD_ATTRIBUTE, PatchRecord
-from ropepatch.surgery import alibi, attention, embeddings, frequencies, relative
+from ropepatch.surgery import _relative_grid, alibi, attention, embeddings, frequencies, relative
 from ropepatch.surgery._carry import REFUSAL, SavedEntryChange, carry
 from ropepatch.surgery._changes import revert_all
 from ropepatch.surgery._lengths import trained_length
@@ -138,8 +138,12 @@ def patch(
     own_config(host)
     sites = discover(host)
     if embeddings.takes(sites, entry):
+        _refuse_words(layer_types=layer_types, base=base, on_scaled=on_scaled)
+        record = _patch_tables(host, sites, entry, parsed, original_length, verify, layers)
+        return _finish(model, host, record, original_length, layer_types, layers)
+    if _relative_grid.takes(host, sites, entry):
         _refuse_words(layer_types=layer_types, layers=layers, base=base, on_scaled=on_scaled)
-        record = _patch_tables(host, sites, entry, parsed, original_length, verify)
+        record = _patch_windows(host, entry, parsed, original_length, verify)
         return _finish(model, host, record, original_length, layer_types, layers)
     embeddings.refuse_table_options(entry, parsed)
     if alibi.takes(sites, entry):
@@ -291,17 +295,13 @@ def _patch_relative(
     )
 
 
-def _patch_tables(
-    host: Any, sites: Sequence[Site], entry: Any, options: MethodOptions, original_length: int | None, verify: bool
+def _patch_windows(
+    host: Any, entry: Any, options: MethodOptions, original_length: int | None, verify: bool
 ) -> PatchRecord:
-    done = embeddings.apply(host, sites, entry, options, original_length=original_length, verify=verify)
-    if not done.plain:
-        # Plain transformers would build another table from the config.
-        done.changes.append(SavedEntryChange.apply(host, "_attn_implementation", REFUSAL))
-    becomes = entry.table.becomes
+    done = _relative_grid.apply(host, entry, options, original_length=original_length, verify=verify)
     return PatchRecord(
         method=entry.name,
-        options=options.model_dump(),
+        options=done.options.model_dump(),
         seam="embeddings",
         mechanism=done.mechanism,
         original_length=done.original_length,
@@ -310,7 +310,36 @@ def _patch_tables(
         sites=done.sites,
         versions=compat.versions(),
         warnings=done.warnings,
-        becomes=becomes if becomes != done.mechanism else None,
+        undo=done.changes,
+    )
+
+
+def _patch_tables(
+    host: Any,
+    sites: Sequence[Site],
+    entry: Any,
+    options: MethodOptions,
+    original_length: int | None,
+    verify: bool,
+    layers: Sequence[int] | None,
+) -> PatchRecord:
+    done = embeddings.apply(host, sites, entry, options, original_length=original_length, layers=layers, verify=verify)
+    seam = "attention" if entry.table.attends else "embeddings"
+    if not done.plain and seam == "embeddings":
+        # Plain transformers would build another table from the config.
+        done.changes.append(SavedEntryChange.apply(host, "_attn_implementation", REFUSAL))
+    return PatchRecord(
+        method=entry.name,
+        options=done.options.model_dump(),
+        seam=seam,
+        mechanism=done.mechanism,
+        original_length=done.original_length,
+        target_length=done.target_length,
+        on_scaled=None,
+        sites=done.sites,
+        versions=compat.versions(),
+        warnings=done.warnings,
+        becomes=done.becomes,
         undo=done.changes,
     )
 

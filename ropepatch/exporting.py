@@ -19,6 +19,7 @@ from ropepatch.families import host_of
 from ropepatch.saving import staged
 from ropepatch.sidecar import CONFIG_KEY
 from ropepatch.surgery._carry import REFUSAL
+from ropepatch.surgery._series_check import PAST, example
 
 FORMATS = ("transformers", "gguf")
 _GGUF_OPTIONS = ("dtype", "tokenizer_pre")
@@ -180,6 +181,9 @@ def _inputs(host: Any, tables: bool) -> Iterator[tuple[dict[str, Any], str]]:
         size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
         yield {"pixel_values": torch.linspace(-1, 1, 3 * size[0] * size[1]).reshape(1, 3, *size)}, f"at {size} pixels"
         return
+    if getattr(host, "main_input_name", "") == PAST:
+        yield example(host), f"on a context of {host.config.context_length} time steps"
+        return
     vocabulary = host.config.get_text_config(decoder=True).vocab_size
     accepted = inspect.signature(type(host).forward).parameters
     # A position table is looked up by where a token stands; rotary models are asked for far positions directly.
@@ -201,15 +205,21 @@ def _inputs(host: Any, tables: bool) -> Iterator[tuple[dict[str, Any], str]]:
 @torch.inference_mode()
 def _outputs(model: Any, inputs: dict[str, Any]) -> Tensor:
     given = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    if "pixel_values" in given:
-        given["pixel_values"] = given["pixel_values"].to(model.dtype)
+    given = {name: value.to(model.dtype) if _is_float(value) else value for name, value in given.items()}
     training = model.training
     model.eval()
     try:
-        output = model(**given)
+        # Some models draw at random in evaluation too (Informer samples queries): both from one seed.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            output = model(**given)
         return (output.logits if hasattr(output, "logits") else output[0]).float()
     finally:
         model.train(training)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _describe(stage: Path, path: Path, tables: bool, record: dict[str, Any] | None) -> Exported:

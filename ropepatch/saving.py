@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 _CARD = "README.md"
 _LAST = ("config.json", ADAPTER_FILE, sidecar.FILE)
 # The entries of a config that a patch may change.
-_RESTORED = frozenset(("rope_parameters", "image_size", "max_relative_positions", *TABLE_LENGTH_NAMES))
+_RESTORED = frozenset(
+    (
+        *("rope_parameters", "image_size", "window_size", "max_relative_positions"),
+        *("context_length", "use_positional_embedding"),
+        *TABLE_LENGTH_NAMES,
+    )
+)
 _HUB_WORDS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -272,6 +278,8 @@ def _load_model(source: _Source, hf_kwargs: dict[str, Any]) -> Any:
         delattr(stated, sidecar.CONFIG_KEY)
         return _load_weights(source, stated, hf_kwargs)[0]
     names = {_plain_name(name): name for name in tables}
+    # Indices of rows are made anew with the tables that they point into.
+    resized = [name for name in resized if not _is_index(model, name)]
     if not set(resized) <= set(names):
         raise ModelLoadError(
             f"cannot load {source.name}: tensors of its weights have another shape: {', '.join(resized[:3])}",
@@ -431,6 +439,11 @@ def _weight_files(source: _Source, names: Iterable[str]) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
         held = set(file.keys())
     return {name: path.name for name in names if name in held}
+
+
+def _is_index(model: Any, name: str) -> bool:
+    buffers: dict[str, torch.Tensor] = dict(model.named_buffers())
+    return name in buffers and not buffers[name].is_floating_point()
 
 
 def _plain_name(kept: str) -> str:

@@ -1,6 +1,6 @@
 """Which models with position tables take which methods, measured on tiny random models of the real classes.
 
-    python scripts/table_support.py        # prints Markdown; some three minutes on one core
+    python scripts/table_support.py        # prints Markdown; some five minutes on one core
 
 "yes": patched and verified, run at four times the trained length, undone to the last bit. "refused": a clear error, and
 the model as before; the reasons stand below the table. Anything else is a bug, and is named.
@@ -19,7 +19,7 @@ import ropepatch
 from ropepatch.errors import RopepatchError
 from ropepatch.testing import forward_logits, model_types, tiny_inputs, tiny_model
 
-METHODS = ("linear", "hierarchical", "sinusoidal", "nope")
+METHODS = ("linear", "hierarchical", "sinusoidal", "nope", "alibi", "rope")
 FACTOR = 4
 GROUPS = {"encoder": "encoders", "causal-lm": "decoders", "encoder-decoder": "encoder-decoders", "text": "text parts"}
 

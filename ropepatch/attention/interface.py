@@ -295,7 +295,7 @@ def mask(
 
         # An overlay that this seam does not know: transformers' own matrix says who sees whom.
         extra = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
-        if extra is not None:
+        if extra is not None and rule.causal:
             _refuse_ahead(extra, q_slots, k_slots)
     documents = None
     if rule.documents is not None:

@@ -94,7 +94,7 @@ class Line:
 
 def line_of(seen: Visibility) -> Line | None:
     """None where positions do not grow with the slots, or a mask from outside decides: then pairs are looked at."""
-    if seen.extra is not None or not seen.causal:
+    if seen.extra is not None or not (seen.causal or (seen.window is None and seen.chunk is None)):
         return None
     keys = seen.k_positions.cpu()
     if seen.k_documents is None or seen.q_documents is None:
@@ -121,7 +121,9 @@ def runs_of(
 ) -> tuple[Tensor, Tensor]:
     """Each query's first slot and one past its last, [b, t]."""
     rows = q_positions[:, start:stop]
-    first, last = segment.first(rows).clamp(min=0), torch.minimum(segment.last(rows), rows)
+    first, last = segment.first(rows).clamp(min=0), segment.last(rows)
+    if seen.causal:
+        last = torch.minimum(last, rows)
     if seen.chunk is not None:
         first = torch.maximum(first, torch.div(rows, seen.chunk, rounding_mode="floor") * seen.chunk)
     hidden = None
@@ -194,7 +196,7 @@ def _cuts(q_positions: Tensor, period: int, block_size: int) -> Sequence[tuple[i
 def _whole(seen: Visibility, scheme: Scheme, line: Line | None) -> Block | None:
     """One causal square where the scheme is ordinary attention of a call without a past."""
     length = seen.q_slots.shape[0]
-    if line is None or line.documents is not None or seen.window or seen.chunk or not seen.single:
+    if line is None or line.documents is not None or seen.window or seen.chunk or not (seen.single and seen.causal):
         return None
     if seen.k_slots.shape[0] != length or scheme.period or (scheme.bias is not None):
         return None

@@ -20,6 +20,7 @@ def attend(
     rotary: Rotary | None = None,
     layout: Layout | None = None,
     visible: Tensor | None = None,
+    causal: bool = True,
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -33,6 +34,7 @@ def attend(
         q_positions, k_positions: int64, [T] and [N].
         rotary, layout: the layer's own frequencies and where they sit in a head; None without rotation.
         visible: bool [T, N], pairs that may see each other besides the scheme's own rule; all with k <= q by default.
+        causal: keys after the query do not count; False as in encoders.
         scaling: factor on the products; 1 / sqrt(D) by default.
         softcap: scores become softcap * tanh(score / softcap).
         sinks: [H], logits that join the softmax and carry no value.
@@ -46,8 +48,8 @@ def attend(
     q, k, v = q_HTD.double(), k_HND.double(), v_HND.double()
     scores = torch.full((heads, rows, columns), -torch.inf, dtype=torch.float64)
     low, high = int(q_positions.min()), int(q_positions.max()) + 1
-    causal = k_positions[None, :] <= q_positions[:, None]
-    allowed = causal if visible is None else causal & visible
+    allowed = (k_positions[None, :] <= q_positions[:, None]) | (not causal)
+    allowed = allowed if visible is None else allowed & visible
     held = torch.zeros(rows, columns, dtype=torch.int64)
     for segment in scheme.segments(low, high):
         inside = allowed & (k_positions[None, :] >= segment.first(q_positions)[:, None])

@@ -3,9 +3,9 @@
     score(i, j) = scale(i) * < R(query_s(i)) q_i , R(key_s(j)) k_j > + bias_h(i, j)
 
 for the one segment s that holds the pair (i, j) of query and key positions; a pair in no segment is invisible. A
-segment holds the keys first_s(i) <= j <= last_s(i), and keys after the query never count. Positions are those of the
-tokens in their own document, so whatever depends on length depends on the query's own position: one forward, chunked
-prefill and token-by-token generation then agree by construction.
+segment holds the keys first_s(i) <= j <= last_s(i); keys after the query count only in encoders. Positions are those
+of the tokens in their own document, so whatever depends on length depends on the query's own position: one forward,
+chunked prefill and token-by-token generation then agree by construction.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+# Beyond every position, and within the room that a document has on the line that plans are made on.
+_END = 2**39
 
 # From positions (int64, any shape) to positions (int64 or float, same shape) or to factors (float32, same shape).
 Map = Callable[[Tensor], Tensor]
@@ -39,7 +42,8 @@ class Segment:
 
     Attributes:
         first: lowest key position that the query at i holds; it may be negative.
-        last: highest key position that the query at i holds; i at most counts. `last < first` holds nothing.
+        last: highest key position that the query at i holds; i at most counts, but in encoders. `last < first` holds
+            nothing.
         query: position that the query is rotated to; None leaves queries and keys of the segment as they are.
         key: position that a key is rotated to; None with a `query` means position 0, where a rotation is the identity.
         form: a name for (key, rotary) within the scheme: segments of one form share their rotated keys.
@@ -100,6 +104,11 @@ def everything(positions: Tensor) -> Tensor:
     return positions.new_zeros(()).expand_as(positions)
 
 
+def ahead(positions: Tensor) -> Tensor:
+    """`last` of a segment that reaches to the end, in an encoder."""
+    return positions.new_full((), _END).expand_as(positions)
+
+
 def own(positions: Tensor) -> Tensor:
     """A position as it is."""
     return positions
@@ -115,11 +124,12 @@ def static(*segments: Segment) -> Callable[[int, int], Sequence[Segment]]:
     return same
 
 
-def rotated(rotary: Rotary | None = None) -> Scheme:
-    """Ordinary rotary attention."""
-    return Scheme(static(Segment(everything, own, own, own, "own", rotary)))
+def rotated(rotary: Rotary | None = None, *, both_ways: bool = False) -> Scheme:
+    """Ordinary rotary attention; `both_ways` as in encoders."""
+    return Scheme(static(Segment(everything, ahead if both_ways else own, own, own, "own", rotary)))
 
 
-def unrotated(bias: Bias | None = None, scale: Map | None = None) -> Scheme:
-    """Attention without rotation."""
-    return Scheme(static(Segment(everything, own, None, None, "raw")), bias=bias, scale=scale)
+def unrotated(bias: Bias | None = None, scale: Map | None = None, *, both_ways: bool = False) -> Scheme:
+    """Attention without rotation; `both_ways` as in encoders."""
+    last = ahead if both_ways else own
+    return Scheme(static(Segment(everything, last, None, None, "raw")), bias=bias, scale=scale)

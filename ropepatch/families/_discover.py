@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ropepatch.families._patch_biases import patch_bias_sites
+from ropepatch.families._patch_rotary import with_patch_rotary
 from ropepatch.families._registry import FINDERS
 from ropepatch.families._rotary import rotary_sites, sub_configs
 from ropepatch.families._site import Site
@@ -25,4 +27,5 @@ def discover(host: nn.Module) -> tuple[Site, ...]:
 
 def structural(host: nn.Module) -> list[Site]:
     """What can be seen without knowing the architecture."""
-    return [*rotary_sites(host), *table_sites(host), *bias_sites(host)]
+    rotary = with_patch_rotary(host, rotary_sites(host))
+    return [*rotary, *table_sites(host), *bias_sites(host), *patch_bias_sites(host)]

@@ -110,15 +110,18 @@ def part_of(host: nn.Module, path: str) -> str:
         return "text"
     module = host.get_submodule(path)
     config = getattr(module, "config", None)
-    name = next((name for name, sub in nested if sub is config), "")
-    kind = name.removesuffix("_config") or str(getattr(config, "model_type", ""))
+    owner = host.get_submodule(owner_of(host, path))
+    # A module without a config belongs to the part around it.
+    held = config if config is not None or owner is host else owner.config
+    name = next((name for name, sub in nested if sub is held), "")
+    kind = name.removesuffix("_config") or str(getattr(held, "model_type", ""))
     for part in ("vision", "audio", "image", "video"):
         if part in kind:
             return part
     text_is_nested = any("text" in name for name, _ in nested)
     if config is root and text_is_nested and not isinstance(module, nn.Embedding):
         return "other"
-    wanted = getattr(host.get_submodule(owner_of(host, path)), "main_input_name", "input_ids")
+    wanted = getattr(owner, "main_input_name", "input_ids")
     return next((part for word, part in _PART_OF_INPUT.items() if word in wanted), "other")
 
 

@@ -27,6 +27,7 @@ class LayerGeometry:
         head_dim: size of a head.
         rotary: the rotary site of the layer (base frequencies included), None where the layer rotates nothing.
         gain: factor on cos and sin that the layer's own rotation has.
+        both_ways: tokens see later ones too, as in encoders.
     """
 
     length: int
@@ -34,6 +35,7 @@ class LayerGeometry:
     head_dim: int
     rotary: RotaryGeometry | None = None
     gain: float = 1.0
+    both_ways: bool = False
 
 
 class SchemeOptions(MethodOptions):
@@ -129,6 +131,8 @@ def _no_limit(layer: LayerGeometry, options: Any) -> None:
 def _with_logn(build: Build) -> Build:
     def scaled(layer: LayerGeometry, options: Any) -> Scheme:
         scheme = build(layer, options)
+        if options.logn and layer.both_ways:
+            raise OptionError("logn goes by how much a query sees, which in an encoder is not told by its position")
         return replace(scheme, scale=logn_scale(layer.length)) if options.logn and scheme.scale is None else scheme
 
     return scaled

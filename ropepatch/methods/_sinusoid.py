@@ -5,7 +5,7 @@ Source: Attention Is All You Need, arXiv 1706.03762, section 3.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,12 +54,15 @@ class Sinusoid:
         to_base: the last wavelength is 2 pi x base, as in tensor2tensor (M2M100, XGLM, Whisper); in the paper it stays
             one step below.
         base: of the series.
+        scale, shift: every number is multiplied by the one, then the other is added (PatchTST).
     """
 
     layout: SinusoidLayout = "interleaved"
     cosine_first: bool = False
     to_base: bool = False
     base: float = 10000.0
+    scale: float = 1.0
+    shift: float = 0.0
 
     def rows(self, at: Tensor, dim: int) -> Tensor:
         """Rows for whole or fractional row numbers `at` [n]: [n, dim], float32, computed in float64."""
@@ -69,7 +72,7 @@ class Sinusoid:
         angle = at.double()[:, None] * frequencies
         parts = (angle.cos(), angle.sin()) if self.cosine_first else (angle.sin(), angle.cos())
         joined = torch.cat(parts, dim=-1) if self.layout == "halves" else torch.stack(parts, dim=-1).flatten(-2)
-        return joined.float()
+        return (joined * self.scale + self.shift).float()
 
 
 _KNOWN = tuple(
@@ -95,4 +98,20 @@ def law_of(table: Tensor) -> Sinusoid | None:
     for law in _KNOWN:
         if torch.allclose(law.rows(numbers, rows.shape[-1]), rows[numbers], rtol=0, atol=close):
             return law
+    return None
+
+
+def scaled_law_of(table: Tensor) -> Sinusoid | None:
+    """As `law_of`, for rows that were shifted and scaled as a whole: both numbers are those of least squares."""
+    if table.dim() != 2 or table.shape[0] < 2 or table.shape[-1] < 4 or table.shape[-1] % 2:
+        return None
+    close = _CLOSE.get(table.dtype, _CLOSE_HALF)
+    rows = table.detach().double().cpu()
+    for law in _KNOWN:
+        plain = law.rows(torch.arange(len(rows)), rows.shape[-1]).double()
+        spread = plain - plain.mean()
+        scale = float((spread * rows).sum() / spread.square().sum())
+        shift = float(rows.mean() - scale * plain.mean())
+        if scale > 0 and torch.allclose(plain * scale + shift, rows, rtol=0, atol=close * scale):
+            return replace(law, scale=scale, shift=shift)
     return None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ropepatch.methods._base import METHODS, MethodOptions
@@ -46,6 +47,8 @@ class TableRule:
         only: options that speak of tables alone, refused where the model has none.
         without: options that a table has no use for, refused where it is one.
         becomes: the mechanism that it puts in the place of the model's own, or None.
+        attends: the method's scheme goes into the attention of the model, in the place of the table.
+        defaults: values that options of None take on a table.
     """
 
     compute: Compute
@@ -53,6 +56,19 @@ class TableRule:
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     becomes: str | None = None
+    attends: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def silent(self) -> bool:
+        """Nothing is read from the table any more, whatever becomes of its rows."""
+        return self.compute is zeros
+
+
+def zeros(table: PositionTable, length: int, options: Any) -> Tensor:
+    """Rows that add nothing."""
+    del options
+    return torch.zeros(length, table.rows.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from ropepatch.errors import OptionError
 from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
 from ropepatch.methods._base import MAX_FACTOR
 from ropepatch.methods._bias import FINETUNE, distances
+from ropepatch.methods._swap import swap_rule
 
 
 class AlibiOptions(SchemeOptions):
@@ -25,6 +26,11 @@ class AlibiOptions(SchemeOptions):
         ge=1.0,
         le=MAX_FACTOR,
         description="target length / trained length: every slope is divided by it (arXiv 2310.13017)",
+    )
+    interpolate: bool | None = Field(
+        default=None,
+        description="of a model with a position table: divide the slopes by the factor there too; by default the "
+        "factor only says how far it reaches, and the slopes are the paper's",
     )
 
 
@@ -42,6 +48,26 @@ class AlibiBias:
         # The difference before the product: slope x absolute position would lose neighbours far from the start.
         distance = distances(q_positions, k_positions).float()
         return -self.slopes.to(distance.device)[:, None, None] * distance[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetricBias:
+    """-slope x |i - j|, float32: ALiBi for encoders, which see later tokens too.
+
+    The simplest of the forms that the authors name for encoders (issue 5 of ofirpress/attention_with_linear_biases). It
+    does not tell left from right.
+
+    Attributes:
+        per_head: [heads], float32, CPU, scores per token of distance.
+    """
+
+    per_head: Tensor
+    # Linear on either side of the query only, so not the fast form.
+    slopes: ClassVar[Tensor | None] = None
+
+    def __call__(self, q_positions: Tensor, k_positions: Tensor, module: Any = None) -> Tensor:  # noqa: ARG002
+        distance = distances(q_positions, k_positions).abs().float()
+        return -self.per_head.to(distance.device)[:, None, None] * distance[:, None]
 
 
 def alibi_slopes(heads: int, bias_max: float = 8.0) -> Tensor:
@@ -75,8 +101,13 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> Tensor:
     summary="no rotation; scores fall linearly with the distance, one slope a head",
     finetune=FINETUNE,
     becomes="alibi",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "learned", "sinusoidal"),
+    table=swap_rule("interpolate", interpolate=False),
 )
 def alibi(layer: LayerGeometry, options: AlibiOptions) -> Scheme:
-    """bias_h(i, j) = -m_h / s (i - j), m_h from `alibi_slopes`."""
-    return unrotated(AlibiBias(alibi_slopes(layer.heads) / options.factor))
+    """bias_h(i, j) = -m_h / s |i - j|, m_h from `alibi_slopes`, s the factor, or 1 where `interpolate` is False.
+
+    In the place of a table slopes are new to the weights: those of the paper, trained at the old length, extrapolate.
+    """
+    slopes = alibi_slopes(layer.heads) / (1.0 if options.interpolate is False else options.factor)
+    return unrotated(SymmetricBias(slopes), both_ways=True) if layer.both_ways else unrotated(AlibiBias(slopes))

@@ -9,16 +9,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ropepatch.attention.scheme import Scheme, unrotated
-from ropepatch.errors import OptionError
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
+from ropepatch.errors import OptionError, UnsupportedModelError
+from ropepatch.methods._attention import LayerGeometry, attention_method
 from ropepatch.methods._bias import FINETUNE, SEED, LearnedBias, distances, without_autocast
+from ropepatch.methods._swap import SwapOptions, swap_rule
 
 # The published code starts at c = 0.1 and L = 512, for models trained on 2,048 tokens.
 INITIAL_C = 0.1
 INITIAL_THRESHOLD = 1 / 4
 
 
-class FireOptions(SchemeOptions):
+class FireOptions(SwapOptions):
     """Options of `fire`."""
 
     width: int = Field(default=32, ge=1, le=4096, description="hidden units of the network")
@@ -117,7 +118,8 @@ def _threshold(layer: LayerGeometry, options: FireOptions) -> float:
     learned=lambda layer, options: Fire(layer.heads, options.width, _threshold(layer, options)),
     finetune=FINETUNE,
     becomes="relative_bias",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "learned", "sinusoidal"),
+    table=swap_rule("factor"),
 )
 def fire(layer: LayerGeometry, options: FireOptions) -> Scheme:
     """bias_h(i, j) = MLP_h(psi(i - j) / psi(max(i, threshold))), computed by the learned part.
@@ -126,6 +128,12 @@ def fire(layer: LayerGeometry, options: FireOptions) -> Scheme:
 
     Raises:
         OptionError: a threshold above the trained length.
+        UnsupportedModelError: an encoder.
     """
+    if layer.both_ways:
+        raise UnsupportedModelError(
+            "fire measures a distance as a share of the query's position, and in an encoder tokens also look ahead",
+            hint="'kerple' and 't5_bias' learn functions of the distance alone",
+        )
     _threshold(layer, options)
     return unrotated(LearnedBias())

@@ -10,14 +10,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ropepatch.attention.scheme import Scheme, unrotated
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
+from ropepatch.methods._attention import LayerGeometry, attention_method
 from ropepatch.methods._bias import FINETUNE, LearnedBias, distances
+from ropepatch.methods._swap import SwapOptions, swap_rule
 
 # Where the published code (chijames/KERPLE) clamps its parameters, at every step and so at the start.
 SMALLEST = 0.01
 
 
-class KerpleOptions(SchemeOptions):
+class KerpleOptions(SwapOptions):
     """Options of `kerple`."""
 
     form: Literal["log", "power"] = Field(
@@ -99,8 +100,9 @@ def _learned(layer: LayerGeometry, options: KerpleOptions) -> nn.Module:
     learned=_learned,
     finetune=FINETUNE,
     becomes="relative_bias",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "learned", "sinusoidal"),
+    table=swap_rule("factor"),
 )
 def kerple(layer: LayerGeometry, options: KerpleOptions) -> Scheme:  # noqa: ARG001
-    """bias_h(i, j) = -p_h log(1 + a_h (i - j)) or -a_h (i - j)^p_h, computed by the learned part."""
-    return unrotated(LearnedBias())
+    """bias_h(i, j) = -p_h log(1 + a_h |i - j|) or -a_h |i - j|^p_h, computed by the learned part."""
+    return unrotated(LearnedBias(), both_ways=layer.both_ways)

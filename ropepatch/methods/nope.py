@@ -9,7 +9,7 @@ from torch import Tensor
 from ropepatch.attention.scheme import Map, Scheme, unrotated
 from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method, logn_scale
 from ropepatch.methods._base import MAX_FACTOR
-from ropepatch.methods._tables import PositionTable, TableRule
+from ropepatch.methods._tables import TableRule, zeros
 
 
 class NopeOptions(SchemeOptions):
@@ -24,12 +24,6 @@ class NopeOptions(SchemeOptions):
         le=MAX_FACTOR,
         description="target length / trained length, of a model with a position table; nothing limits others",
     )
-
-
-def zeros(table: PositionTable, length: int, options: NopeOptions) -> Tensor:
-    """Rows that add nothing."""
-    del options
-    return torch.zeros(length, table.rows.shape[-1])
 
 
 def _grid(rows: Tensor, size: tuple[int, int], options: NopeOptions) -> Tensor:

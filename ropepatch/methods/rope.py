@@ -1,4 +1,4 @@
-"""Rotary positions for a model that has none: queries and keys are rotated, and its slopes go."""
+"""Rotary positions for a model that has none: queries and keys are rotated, and its slopes or its table go."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pydantic import Field
 
 from ropepatch.attention.scheme import Rotary, Scheme, rotated
 from ropepatch.errors import OptionError
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
+from ropepatch.methods._attention import LayerGeometry, attention_method
+from ropepatch.methods._swap import SwapOptions, swap_rule
 
 
-class RopeOptions(SchemeOptions):
+class RopeOptions(SwapOptions):
     """Options of `rope`."""
 
     rope_theta: float = Field(
@@ -26,9 +27,10 @@ class RopeOptions(SchemeOptions):
     aliases=("rotary",),
     options=RopeOptions,
     paper="arXiv 2104.09864",
-    summary="no slopes; queries and keys are rotated, as in LLaMA",
+    summary="no slopes, no position table; queries and keys are rotated, as in LLaMA",
     becomes="rotary",
-    mechanisms=("alibi",),
+    mechanisms=("alibi", "learned", "sinusoidal"),
+    table=swap_rule("factor"),
 )
 def rope(layer: LayerGeometry, options: RopeOptions) -> Scheme:
     """Plane i, the dimensions i and i + d/2, turns by the position times rope_theta^(-2i/d).
@@ -44,4 +46,4 @@ def rope(layer: LayerGeometry, options: RopeOptions) -> Scheme:
             allowed=f"an even number from 2 to {layer.head_dim}",
         )
     exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
-    return rotated(Rotary(options.rope_theta**-exponents))
+    return rotated(Rotary(options.rope_theta**-exponents), both_ways=layer.both_ways)

@@ -10,13 +10,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ropepatch.attention.scheme import Scheme, unrotated
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
+from ropepatch.methods._attention import LayerGeometry, attention_method
 from ropepatch.methods._bias import FINETUNE, without_autocast
+from ropepatch.methods._swap import SwapOptions, swap_rule
 
 BASE = 1e4
 
 
-class SandwichOptions(SchemeOptions):
+class SandwichOptions(SwapOptions):
     """Options of `sandwich`, named as in the paper."""
 
     bar_d: int = Field(default=128, ge=2, le=65536, description="dimensions of the sinusoidal embeddings, even")
@@ -62,7 +63,8 @@ class SandwichBias:
     summary="no rotation; the inner product of sinusoidal embeddings is added to the scores, no parameters",
     finetune=FINETUNE,
     becomes="relative_bias",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "learned", "sinusoidal"),
+    table=swap_rule("factor"),
 )
 def sandwich(layer: LayerGeometry, options: SandwichOptions) -> Scheme:
     """bias_h(i, j) = (sum_{k < d/2} cos((i - j) / 10000^(2k/d)) - d/2) / ratio_h, ratio_h = 8 h / H, h = 1..H.
@@ -74,4 +76,4 @@ def sandwich(layer: LayerGeometry, options: SandwichOptions) -> Scheme:
     """
     exponents = torch.arange(0, options.bar_d, 2, dtype=torch.float64) / options.bar_d
     ratios = torch.arange(1, layer.heads + 1, dtype=torch.float32) * (8 / layer.heads)
-    return unrotated(SandwichBias(BASE**-exponents, ratios))
+    return unrotated(SandwichBias(BASE**-exponents, ratios), both_ways=layer.both_ways)

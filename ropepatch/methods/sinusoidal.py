@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -45,12 +47,10 @@ def sinusoidal(table: PositionTable, length: int, options: SinusoidalOptions) ->
         raise OptionError("sines and cosines come in pairs", given=f"rows of {dim} numbers")
     own = table.law
     law = own or Sinusoid()
-    changed = Sinusoid(
-        layout=options.layout or law.layout,
-        cosine_first=law.cosine_first,
-        to_base=law.to_base,
-        base=options.base or law.base,
-    )
+    changed = replace(law, layout=options.layout or law.layout, base=options.base or law.base)
+    if options.scale is not None:
+        # Of sines and cosines as they are, whatever the model's own are scaled by.
+        changed = replace(changed, scale=1.0, shift=0.0)
     rows = changed.rows(torch.arange(length) + table.start, dim)
     if changed == own and options.scale is None:
         known = min(length, len(table.rows))

@@ -10,13 +10,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ropepatch.attention.scheme import Scheme, unrotated
-from ropepatch.methods._attention import LayerGeometry, SchemeOptions, attention_method
+from ropepatch.errors import OptionError
+from ropepatch.methods._attention import LayerGeometry, attention_method
 from ropepatch.methods._bias import FINETUNE, SEED, LearnedBias, distances
+from ropepatch.methods._swap import SwapOptions, swap_rule
 
 INITIAL_STD = 0.02
 
 
-class T5BiasOptions(SchemeOptions):
+class T5BiasOptions(SwapOptions):
     """Options of `t5_bias`, `relative_attention_num_buckets` and `relative_attention_max_distance` in transformers."""
 
     buckets: int = Field(
@@ -41,11 +43,12 @@ class T5Bias(nn.Module):
 
     Attributes:
         table: parameter, [buckets, heads], float32 when made.
+        both_ways: half of the buckets are for keys after the query, as in T5's encoder.
     """
 
-    def __init__(self, heads: int, buckets: int, max_distance: int) -> None:
+    def __init__(self, heads: int, buckets: int, max_distance: int, both_ways: bool = False) -> None:
         super().__init__()
-        self.max_distance = max_distance
+        self.max_distance, self.both_ways = max_distance, both_ways
         generator = torch.Generator().manual_seed(SEED)
         # Not an Embedding: adapters and initialisers that collect those must not find it.
         draw = torch.randn(buckets, heads, generator=generator, dtype=torch.float32, device="cpu")
@@ -53,7 +56,12 @@ class T5Bias(nn.Module):
 
     def forward(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """float32 [B, heads, T, N] from int64 [B, T] and [B, N]."""
-        rows = bucket(distances(q_positions, k_positions), self.table.shape[0], self.max_distance)
+        distance, buckets = distances(q_positions, k_positions), self.table.shape[0]
+        if self.both_ways:
+            half = buckets // 2
+            rows = bucket(distance.abs(), half, self.max_distance) + half * (distance < 0)
+        else:
+            rows = bucket(distance, buckets, self.max_distance)
         return nn.functional.embedding(rows, self.table.float()).permute(0, 3, 1, 2)
 
 
@@ -83,14 +91,20 @@ def bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
     options=T5BiasOptions,
     paper="arXiv 1910.10683",
     summary="no rotation; a learned number for each head and bucket of distances is added to the scores",
-    learned=lambda layer, options: T5Bias(layer.heads, options.buckets, options.max_distance),
+    learned=lambda layer, options: T5Bias(layer.heads, options.buckets, options.max_distance, layer.both_ways),
     finetune=FINETUNE,
     becomes="relative_bias",
-    mechanisms=("rotary", "alibi"),
+    mechanisms=("rotary", "alibi", "learned", "sinusoidal"),
+    table=swap_rule("factor"),
 )
-def t5_bias(layer: LayerGeometry, options: T5BiasOptions) -> Scheme:  # noqa: ARG001
+def t5_bias(layer: LayerGeometry, options: T5BiasOptions) -> Scheme:
     """bias_h(i, j) = table[bucket(i - j), h], computed by the learned part.
 
     T5 does not divide its scores by sqrt(head_dim); the model that is patched keeps its own scaling.
+
+    Raises:
+        OptionError: in an encoder, too few buckets to count either way.
     """
-    return unrotated(LearnedBias())
+    if layer.both_ways and options.buckets < 4:
+        raise OptionError("an encoder needs buckets for either way", given=options.buckets, allowed="at least 4")
+    return unrotated(LearnedBias(), both_ways=layer.both_ways)

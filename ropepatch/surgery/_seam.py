@@ -57,6 +57,8 @@ class Seam:
 
     def _make(self) -> Scheme:
         if self.method is None:
+            if self.geometry.both_ways:
+                return _BOTH_WAYS
             return _ROTATED if self.layout is not None else _UNROTATED
         rotary = self.geometry.rotary
         key = (
@@ -64,12 +66,19 @@ class Seam:
             self.geometry.heads,
             self.geometry.head_dim,
             self.geometry.gain,
+            self.geometry.both_ways,
             None if rotary is None else (rotary.rope_theta, rotary.original_length, tuple(rotary.inv_freq.tolist())),
         )
         return _shared(self.method, repr(self.options), key, _Recipe(self.method, self.options or {}, self.geometry))
 
 
-_ROTATED, _UNROTATED = rotated(), unrotated()
+_ROTATED, _UNROTATED, _BOTH_WAYS = rotated(), unrotated(), unrotated(both_ways=True)
+
+
+def own_layout(scheme: Scheme, length: int) -> Layout | None:
+    """The first dimensions of a head, as many as the scheme's own frequencies turn; None where it has none."""
+    rotaries = [segment.rotary for segment in scheme.segments(0, length) if segment.rotary is not None]
+    return Layout(0, 2 * rotaries[0].inv_freq.numel()) if rotaries else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,10 @@ def select_sites(
     fixed = [site for site in text if site.kind == "fixed"]
     if fixed and not usable:
         raise UnsupportedModelError(
-            f"the {fixed[0].mechanism} positions of {model_type} cannot be changed: {fixed[0].note}"
+            f"the {fixed[0].mechanism} positions of {model_type} cannot be changed: {fixed[0].note}",
+            hint="images of any size need no patch; one of the language model makes room for more text"
+            if "patches" in fixed[0].note
+            else None,
         )
     if not usable:
         rotary = isinstance(method, AttentionMethod) and method.becomes == "rotary"
@@ -41,9 +44,10 @@ def select_sites(
                 f"{method.name!r} makes a model rotary, and this {model_type} model is rotary already",
                 hint="use 'abf' to change its rope_theta",
             )
+        whose = "this" if len(text) == len(sites) else "the text part of this"
         raise UnsupportedModelError(
-            f"{method.name!r} changes {' or '.join(method.mechanisms)} positions, and the text part of this "
-            f"{model_type} model has {_what_it_has(text)}",
+            f"{method.name!r} changes {' or '.join(method.mechanisms)} positions, and {whose} "
+            f"{model_type} model has {_what_it_has(text)}{_elsewhere(sites, method)}",
             hint="ropepatch.inspect(model) shows where the model carries positions",
         )
     if layer_types is not None:
@@ -75,3 +79,12 @@ def check_layer_types(sites: Iterable[Site], layer_types: Iterable[str]) -> None
 def _what_it_has(text: Sequence[Site]) -> str:
     mechanisms = sorted({site.mechanism for site in text} - {"none"})
     return f"{' and '.join(mechanisms)} ones" if mechanisms else "none"
+
+
+def _elsewhere(sites: Sequence[Site], method: FrequencyMethod | AttentionMethod) -> str:
+    """Where another part has such positions, and what to do about it; else nothing."""
+    other = next((site for site in sites if site.part != "text" and site.mechanism in method.mechanisms), None)
+    if other is None:
+        return ""
+    where = f"; its {other.part} part has {other.mechanism} ones, at {other.where}"
+    return f"{where}: {other.note}" if other.kind == "fixed" else f"{where}: pass that part by itself to patch it"

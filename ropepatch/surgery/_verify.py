@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ropepatch.errors import VerificationError
 from ropepatch.families._rotary import owner_of, owners_of
+from ropepatch.surgery._series_check import PAST, example
 from ropepatch.surgery.frequencies import SitePlan
 
 
@@ -141,11 +142,16 @@ def _relabelled(call: _Call, old: str | None, new: str | None) -> _Call:
 
 
 def run_tokens(owner: nn.Module, length: int) -> Any:
-    """One forward on `length` token ids, 0 and 1 in turn, without gradients and without touching the random state."""
+    """One forward on `length` token ids, 0 and 1 in turn, without gradients and without touching the random state.
+
+    A time-series model is given a whole context of its own.
+    """
     config: Any = owner.config
     device = next((tensor.device for tensor in owner.parameters() if not tensor.is_meta), torch.device("cpu"))
     ids = torch.arange(length, device=device)[None] % 2
     inputs: dict[str, Any] = {"input_ids": ids}
+    if getattr(owner, "main_input_name", "") == PAST:
+        inputs = dict(example(owner))
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     if "use_cache" in inspect.signature(owner.forward).parameters:

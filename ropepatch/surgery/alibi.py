@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ropepatch.attention import interface
-from ropepatch.attention.rotation import Layout
 from ropepatch.attention.scheme import Scheme, unrotated
 from ropepatch.errors import OptionError, UnsupportedModelError
 from ropepatch.families._alibi_core import CORES, AlibiCore, attention_paths
@@ -32,7 +31,7 @@ from ropepatch.surgery._changes import AttributeChange, Change, revert_all
 from ropepatch.surgery._choose import numbered
 from ropepatch.surgery._lengths import stated_length
 from ropepatch.surgery._neutral import check_finite, check_neutral, outputs
-from ropepatch.surgery._seam import Seam
+from ropepatch.surgery._seam import Seam, own_layout
 from ropepatch.surgery._takeover import learn, project, refuse, select, tell_config, watch
 
 SWAPPED = "Replaces the ALiBi bias that the weights were trained with: finetune the model after this swap."
@@ -153,7 +152,7 @@ def apply(
             module = host.get_submodule(paths[number])
             seam = replace(getattr(module, interface.SEAM), method=method.name, options=settings)
             # Options that do not fit are refused here.
-            seam = replace(seam, layout=_layout(seam.scheme, seam.geometry.length))
+            seam = replace(seam, layout=own_layout(seam.scheme, seam.geometry.length))
             if isinstance(method, AttentionMethod) and method.learned is not None:
                 learn(host, paths[number], method.learned(seam.geometry, options), changes)
             setattr(module, interface.SEAM, seam)
@@ -231,12 +230,6 @@ def _places(given: dict[str, Any], past: int) -> Tensor | None:
     if bool((real[:, 1:] >= real[:, :-1]).all()):
         return None
     return (real.cumsum(1) - 1).clamp(min=0)
-
-
-def _layout(scheme: Scheme, length: int) -> Layout | None:
-    """The first dimensions of a head, as many as the scheme's own frequencies turn; None where it has none."""
-    rotaries = [segment.rotary for segment in scheme.segments(0, length) if segment.rotary is not None]
-    return Layout(0, 2 * rotaries[0].inv_freq.numel()) if rotaries else None
 
 
 def _describe(path: str, geometry: LayerGeometry, changed: bool) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 The table stays the parameter (or buffer) that it was, under its key of the state dict, so that optimizers, adapters
 and modules that share it follow. Rows before the first position (padding, offsets) are kept. Nothing runs differently:
 the model reads another row, and a hook turns inputs beyond the new limit into a clear error.
+
+Methods that put relative positions in the place of a table silence it, all rows of it, and go on in the attention seam.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from ropepatch.methods._base import MethodOptions
 from ropepatch.methods._sinusoid import law_of
 from ropepatch.methods._tables import PositionTable, TableRule
 from ropepatch.surgery import _embeddings_grid as grids
+from ropepatch.surgery import _embeddings_series as series
+from ropepatch.surgery import _embeddings_swap as swaps
 from ropepatch.surgery import relative
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, HookChange, TableChange, revert_all
 from ropepatch.surgery._embeddings_check import check_read
@@ -65,8 +69,10 @@ class Patched:
 
     Attributes:
         changes: in the order they were made.
-        sites: the tables as plain dicts.
+        sites: the tables as plain dicts, and the attention modules where a method goes on in these.
         mechanism: what the tables were.
+        becomes: what knows of positions now, where that is another mechanism.
+        options: as they apply to tables.
         original_length, target_length: of the first table, in tokens; of an image, in patches along its longer side.
         plain: whether transformers builds the same model from the changed config and weights.
         warnings: what the user should know.
@@ -79,6 +85,8 @@ class Patched:
     target_length: int
     plain: bool
     warnings: list[str]
+    becomes: str | None
+    options: MethodOptions
 
 
 def takes(sites: Sequence[Site], method: Any) -> bool:
@@ -108,11 +116,13 @@ def apply(
     options: MethodOptions,
     *,
     original_length: int | None,
+    layers: Sequence[int] | None = None,
     verify: bool,
 ) -> Patched:
     """Put a method in force on every table of the text part. On any failure the model is as before.
 
     Args:
+        layers: numbers of the attention modules to change, for methods that put relative positions there.
         verify: run the part of the model that reads each table, one token past its old limit too.
 
     Raises:
@@ -122,7 +132,17 @@ def apply(
     """
     rule: TableRule = method.table
     _refuse_options(method, options, rule.without, "does not apply to position tables")
+    unset = {name: value for name, value in rule.defaults if getattr(options, name) is None}
+    options = options.model_copy(update=unset)
+    if layers is not None and not rule.attends:
+        raise OptionError(
+            f"layers selects attention layers, and {method.name!r} changes the position table only", given=layers
+        )
     text = [site for site in sites if site.part == "text" and site.mechanism in _TABLES]
+    if rule.attends:
+        _refuse_beside(host, sites, method)
+    if series.takes(host, text):
+        return series.apply(host, text, method, options, original_length=original_length, verify=verify)
     _refuse_mechanism(host, method, text)
     if grids.takes(host, text):
         return grids.apply(host, text, method, options, original_length=original_length, verify=verify)
@@ -133,8 +153,17 @@ def apply(
     changes: list[Change] = []
     try:
         for item, rows, (_, new) in zip(found, made, lengths, strict=True):
-            _write(host, item, rows, changes)
+            _write(host, item, rows, changes, whole=rule.attends)
             lengthen(host, item.path, item.entry, _rows(host, item), new - item.length, changes)
+        for item in found if rule.silent else ():
+            _hold(host, item, changes)
+        attending: list[dict[str, Any]] = []
+        if rule.attends:
+            # Its hook before the call must come before the one of the limit, which may refuse the call.
+            place = owner_of(host, found[0].path)
+            attending = swaps.swap(
+                host, place, method, options, changes, length=lengths[0][0], layers=layers, verify=verify
+            )
         for item, (_, new) in zip(found, lengths, strict=True):
             _limit(host, item, new, changes)
         biased = _apply_relative(host, sites, method, options, original_length, verify, changes)
@@ -145,7 +174,7 @@ def apply(
         revert_all(host, changes)
         raise
     own_law = all(_follows(table, rows) for table, rows in zip(tables, made, strict=True))
-    plain = not biased and (own_law or all(item.persistent for item in found))
+    plain = not biased and not attending and (own_law or all(item.persistent for item in found))
     described = [
         {"path": item.path, "name": item.name, "mechanism": item.mechanism, "first_row": item.start, "length": new}
         for item, (_, new) in zip(found, lengths, strict=True)
@@ -153,13 +182,27 @@ def apply(
     warnings = [_reminder(lengths[0])] if lengths[0][1] > found[0].length else []
     finetune = getattr(method, "finetune", "")
     learned = any(item.mechanism == "learned" for item in found)
-    if finetune and (learned or not own_law):
+    if rule.attends:
+        warnings.append(swaps.SWAPPED)
+    elif finetune and (learned or not own_law):
         warnings.append(finetune)
-    return Patched(changes, described, found[0].mechanism, lengths[0][0], lengths[0][1], plain, warnings)
+    became = method.becomes if rule.attends else rule.becomes
+    return Patched(
+        changes,
+        [*described, *attending],
+        found[0].mechanism,
+        *lengths[0],
+        plain,
+        warnings,
+        became if became != found[0].mechanism else None,
+        options,
+    )
 
 
 def table_length(host: nn.Module, sites: Sequence[Site]) -> int | None:
     """Positions of the first table of the text part, or None: configs also count rows that no position reads."""
+    if series.takes(host, [site for site in sites if site.mechanism in _TABLES]):
+        return series.context_length(host)
     for site in sites:
         if site.part == "text" and site.mechanism in _TABLES and site.name and not site.note:
             try:
@@ -199,6 +242,21 @@ def _refuse_mechanism(host: Any, method: Any, text: Sequence[Site]) -> None:
         raise UnsupportedModelError(
             f"the positions at {computed[0].where} of this {host.config.model_type} model are no table with a row for "
             f"each: {computed[0].note}"
+        )
+
+
+def _refuse_beside(host: Any, sites: Sequence[Site], method: Any) -> None:
+    """Refuse what relative positions in the place of one table would not replace."""
+    if (kind := getattr(host, "main_input_name", "input_ids")) != "input_ids":
+        raise UnsupportedModelError(
+            f"{method.name!r} takes the place of a position table in models of text, and this {host.config.model_type} "
+            f"model reads {kind}"
+        )
+    biased = next((site for site in sites if site.part == "text" and site.mechanism == "relative_bias"), None)
+    if biased is not None:
+        raise UnsupportedModelError(
+            f"beside its table this {host.config.model_type} model has biases by distance at {biased.where}, which "
+            "would stay"
         )
 
 
@@ -291,17 +349,26 @@ def _follows(table: PositionTable, rows: Tensor) -> bool:
 # -- what is changed
 
 
-def _write(host: nn.Module, item: Found, rows: Tensor, changes: list[Change]) -> None:
+def _write(host: nn.Module, item: Found, rows: Tensor, changes: list[Change], *, whole: bool) -> None:
+    """Put `rows` in the place of those that positions read; with `whole` zeros in the place of all others too."""
     module = host.get_submodule(item.path)
     table: Tensor = getattr(module, item.name).detach()
     before, after = table[: item.start], table[item.start + item.length :]
-    whole = torch.cat((before, rows.to(table), after))
+    longer = torch.cat((before, rows.to(table), after))
+    if whole:
+        longer = torch.zeros_like(longer)
     kind: Any = TableChange if item.name in module._parameters else BufferChange
-    changes.append(kind.apply(host, item.path, item.name, whole))
+    changes.append(kind.apply(host, item.path, item.name, longer))
     for method in _GROWS:
         if callable(getattr(module, method, None)):
             # Past its end the model would write its own rows over the table.
             changes.append(AttributeChange.apply(host, item.path, method, functools.partial(_refuse_growth, len(rows))))
+
+
+def _hold(host: nn.Module, item: Found, changes: list[Change]) -> None:
+    """Keep training from filling the rows of a silent table again, wherever a module of its own looks them up."""
+    if item.name in host.get_submodule(item.path)._parameters and owner_of(host, item.path) != item.path:
+        changes.append(HookChange.apply(host, item.path, swaps.silent, before=False))
 
 
 def _refuse_growth(limit: int, *_: Any, **__: Any) -> None:

@@ -19,6 +19,7 @@ from ropepatch.families._rotary import owner_of, part_of
 from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.methods._buckets import BucketMethod, Buckets
+from ropepatch.surgery import _relative_grid
 from ropepatch.surgery._bucketing import Kind, bucketing_modules
 from ropepatch.surgery._changes import AttributeChange, Change, revert_all
 from ropepatch.surgery._lengths import stated_length
@@ -87,6 +88,13 @@ def apply(
 
 def _refuse(host: Any, method: Any, buckets: Buckets, found: Sequence[tuple[str, Kind]]) -> None:
     kind = host.config.model_type
+    if not found and _relative_grid.windows(host):
+        images = getattr(host, "main_input_name", "") == "pixel_values"
+        raise UnsupportedModelError(
+            f"the biases of this {kind} model are for offsets within a window, and "
+            + (f"{method.name!r} has no form for these" if images else "it reads no images that could grow with it"),
+            hint="'linear' makes the windows larger" if images else None,
+        )
     if not found:
         raise UnsupportedModelError(f"how this {kind} model turns distances into biases is not known")
     rigid = [path for path, way in found if not way.stretches(host.get_submodule(path))]
