@@ -3,9 +3,9 @@
     python scripts/bench_tables.py [--layers 4] [--rounds 7] [--dtype float32] [--methods linear,rope]
 
 GPT-2's shapes (12 heads of 64 dimensions, a table of 1,024 rows) with random weights and the first N layers: a forward
-of 1,024 tokens, a training step (forward and backward) of 512, and 256 tokens with 32 single ones after. Patched runs stand
-among unpatched ones as in bench_patch.py, and the row "unpatched" is its control: a cell is the median of a method's
-ratios over that of the control, with a 95 % bootstrap interval of the method's median. Prints a Markdown table.
+of 1,024 tokens, a training step (forward and backward) of 512, and 256 tokens with 32 single ones after. Patched runs
+stand among unpatched ones as in bench_patch.py, and the row "unpatched" is its control: a cell is the median of a
+method's ratios over that of the control, with a 95 % bootstrap interval of its median. Prints a Markdown table.
 """
 
 from __future__ import annotations

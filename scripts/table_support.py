@@ -1,6 +1,6 @@
 """Which models with position tables take which methods, measured on tiny random models of the real classes.
 
-    python scripts/table_support.py        # prints Markdown; some five minutes on one core
+    python scripts/table_support.py        # prints Markdown; some ten minutes on one core
 
 "yes": patched and verified, run at four times the trained length, undone to the last bit. "refused": a clear error, and
 the model as before; the reasons stand below the table. Anything else is a bug, and is named.
