@@ -441,12 +441,13 @@ def test_peft_in_either_order(first: str) -> None:
     model = decoder()
     before = forward_logits(model, input_ids=row(60))
     config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    torch.manual_seed(0)
     if first == "patch":
         wrapped = peft.get_peft_model(patch(model, "rope"), config)
     else:
         wrapped = patch(peft.get_peft_model(model, config), "rope")
     wrapped.eval()  # without dropout, whose draws a loss of three steps would feel
-    losses = steps(wrapped, count=3)
+    losses = steps(wrapped, count=8)
     assert losses[-1] < losses[0]
     ropepatch.unpatch(wrapped)
     with wrapped.disable_adapter():
