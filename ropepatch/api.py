@@ -299,19 +299,7 @@ def _patch_windows(
     host: Any, entry: Any, options: MethodOptions, original_length: int | None, verify: bool
 ) -> PatchRecord:
     done = _relative_grid.apply(host, entry, options, original_length=original_length, verify=verify)
-    return PatchRecord(
-        method=entry.name,
-        options=done.options.model_dump(),
-        seam="embeddings",
-        mechanism=done.mechanism,
-        original_length=done.original_length,
-        target_length=done.target_length,
-        on_scaled=None,
-        sites=done.sites,
-        versions=compat.versions(),
-        warnings=done.warnings,
-        undo=done.changes,
-    )
+    return _table_record(host, entry, done, seam="embeddings")
 
 
 def _patch_tables(
@@ -324,7 +312,10 @@ def _patch_tables(
     layers: Sequence[int] | None,
 ) -> PatchRecord:
     done = embeddings.apply(host, sites, entry, options, original_length=original_length, layers=layers, verify=verify)
-    seam = "attention" if entry.table.attends else "embeddings"
+    return _table_record(host, entry, done, seam="attention" if entry.table.attends else "embeddings")
+
+
+def _table_record(host: Any, entry: Any, done: embeddings.Patched, *, seam: str) -> PatchRecord:
     if not done.plain and seam == "embeddings":
         # Plain transformers would build another table from the config.
         done.changes.append(SavedEntryChange.apply(host, "_attn_implementation", REFUSAL))
