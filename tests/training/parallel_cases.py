@@ -48,6 +48,9 @@ CASES: dict[str, Case] = {}
 
 def patched(family: str, method: str, **config: Any) -> Any:
     model = tiny_model(family, **{**FAMILIES.get(family, {}), **config})
+    if family == "gemma2":
+        # Older transformers take sdpa by default, which leaves the model's softcap out.
+        model.set_attn_implementation("eager")
     return model if method == "none" else ropepatch.patch(model, method, **METHODS[method])
 
 
