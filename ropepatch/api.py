@@ -24,6 +24,7 @@ from ropepatch.record import RECORD_ATTRIBUTE, PatchRecord
 from ropepatch.surgery import _relative_grid, alibi, attention, embeddings, frequencies, relative
 from ropepatch.surgery._carry import REFUSAL, SavedEntryChange, carry
 from ropepatch.surgery._changes import revert_all
+from ropepatch.surgery._embeddings_base import Patched
 from ropepatch.surgery._lengths import trained_length
 from ropepatch.surgery._own_config import own_config
 from ropepatch.surgery._select import select_sites
@@ -315,7 +316,7 @@ def _patch_tables(
     return _table_record(host, entry, done, seam="attention" if entry.table.attends else "embeddings")
 
 
-def _table_record(host: Any, entry: Any, done: embeddings.Patched, *, seam: str) -> PatchRecord:
+def _table_record(host: Any, entry: Any, done: Patched, *, seam: str) -> PatchRecord:
     if not done.plain and seam == "embeddings":
         # Plain transformers would build another table from the config.
         done.changes.append(SavedEntryChange.apply(host, "_attn_implementation", REFUSAL))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,9 @@ from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.surgery import _relative_grid
 from ropepatch.surgery._changes import Change, TableChange, revert_all
+from ropepatch.surgery._embeddings_base import Patched
 from ropepatch.surgery._embeddings_check import reads, run_whole
 from ropepatch.surgery._image_size import PATCHES, Grid, enlarged, grid_of, resize_images
-
-if TYPE_CHECKING:
-    from ropepatch.surgery.embeddings import Patched
 
 # Rows before the patches: class, distillation and register tokens.
 _MOST_EXTRA = 16
@@ -69,8 +67,6 @@ def apply(
         OptionError: a factor that splits a patch.
         VerificationError: the model does not read the new rows.
     """
-    from ropepatch.surgery.embeddings import Patched
-
     if method.table.grid is None:
         raise UnsupportedModelError(
             f"{method.name!r} has no form for positions on two axes", hint="'linear' interpolates along both"

@@ -11,24 +11,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ropepatch.errors import OptionError, UnsupportedModelError, VerificationError
-from ropepatch.families._meta import refuse_meta
 from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.methods._sinusoid import law_of, scaled_law_of
 from ropepatch.methods._tables import PositionTable, TableRule
 from ropepatch.surgery._changes import Change, ConfigChange, HookChange, TableChange, revert_all
+from ropepatch.surgery._embeddings_base import Patched, follows_law, key_of, refuse_shared, usable_table
 from ropepatch.surgery._series_check import PAST, PastLength, check_reads, check_runs, past_length, reader_of
 from ropepatch.surgery._series_lengths import CONTEXT, Dependents, dependents, lengthen
-
-if TYPE_CHECKING:
-    from ropepatch.surgery.embeddings import Patched
 
 _SWITCH = "use_positional_embedding"
 
@@ -81,8 +77,6 @@ def apply(
         OptionError: an option that they have no use for, or a context that splits a patch.
         VerificationError: the model does not read the new rows, or does not run.
     """
-    from ropepatch.surgery.embeddings import Patched
-
     _refuse(host, text, method, original_length)
     rule: TableRule = method.table
     old = int(host.config.context_length)
@@ -109,7 +103,7 @@ def apply(
     except BaseException:
         revert_all(host, changes)
         raise
-    follows = plain and all(_follows(item.table, rows) for item, rows in zip(found, made, strict=True))
+    follows = plain and all(follows_law(item.table, rows) for item, rows in zip(found, made, strict=True))
     described = [
         {"path": i.path, "name": i.name, "mechanism": i.mechanism, "first_row": i.table.start, "length": i.positions}
         for i in found
@@ -159,7 +153,7 @@ def _refuse(host: Any, text: Sequence[Site], method: Any, original_length: int |
 
 
 def _refuse_sizes(host: Any, wanted: Dependents, found: Sequence[Found]) -> None:
-    tables = {_key(item.path, item.name) for item in found}
+    tables = {key_of(item.path, item.name) for item in found}
     for name, (old, new) in wanted.shapes.items():
         if name not in tables:
             raise UnsupportedModelError(
@@ -170,18 +164,7 @@ def _refuse_sizes(host: Any, wanted: Dependents, found: Sequence[Found]) -> None
                 if hasattr(host.config, "pooling_type")
                 else None,
             )
-    held = {id(getattr(host.get_submodule(item.path), item.name)): item for item in found}
-    if len(held) < len(found):
-        raise UnsupportedModelError(
-            "two modules share one position table: " + ", ".join(sorted(tables)),
-            hint="give each a copy of its own first",
-        )
-    for name, parameter in host.named_parameters(remove_duplicate=False):
-        if id(parameter) in held and name not in tables:
-            raise UnsupportedModelError(
-                f"the position table {held[id(parameter)].path} is tied to {name}, which is none",
-                hint="untie them first",
-            )
+    refuse_shared(host, [(item.path, item.name) for item in found])
 
 
 def _refuse_computed(host: Any, wanted: Dependents, method: Any, options: MethodOptions) -> None:
@@ -205,17 +188,9 @@ def _refuse_computed(host: Any, wanted: Dependents, method: Any, options: Method
 
 
 def _found(host: Any, site: Site, wanted: Dependents) -> Found:
-    module = host.get_submodule(site.path)
-    held: Tensor | None = module._parameters.get(site.name)
-    if held is None or held.dim() != 2 or isinstance(held, DTensor):
-        raise UnsupportedModelError(
-            f"the table at {site.where} cannot be replaced: it is wrapped, sharded or not one row a position",
-            given=type(module).__name__,
-            hint="patch before adapters and wrappers are put on the table",
-        )
-    refuse_meta(held, site.where)
+    held = usable_table(host, site, host.get_submodule(site.path)._parameters.get(site.name))
     shape = tuple(held.shape)
-    old, new = wanted.shapes.get(_key(site.path, site.name), (shape, shape))
+    old, new = wanted.shapes.get(key_of(site.path, site.name), (shape, shape))
     if shape != old:
         raise UnsupportedModelError(
             f"the table at {site.where} is not as long as the config says", given=shape[0], allowed=f"{old[0]} rows"
@@ -227,18 +202,6 @@ def _found(host: Any, site: Site, wanted: Dependents) -> Found:
         law = law_of(table) or scaled_law_of(table)
     rows = PositionTable(table[start:].float().cpu(), law, start)
     return Found(site.path, site.name, site.mechanism, rows, table[:start], new[0] - start)
-
-
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _follows(table: PositionTable, rows: Tensor) -> bool:
-    """Whether these rows are more of the model's own law."""
-    if table.law is None:
-        return False
-    own = table.law.rows(torch.arange(len(rows)) + table.start, rows.shape[-1])
-    return torch.allclose(own, rows, rtol=0, atol=2e-2 * table.law.scale)
 
 
 # -- what is changed

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,9 @@ from ropepatch.families._rotary import owners_of, part_of
 from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, ConfigChange, TableChange, revert_all
+from ropepatch.surgery._embeddings_base import Patched
 from ropepatch.surgery._embeddings_check import run_whole
 from ropepatch.surgery._image_size import PATCHES, Grid, enlarged, grid_of, pair, resize_images
-
-if TYPE_CHECKING:
-    from ropepatch.surgery.embeddings import Patched
 
 _TABLE, _INDEX, _COORDINATES = "relative_position_bias_table", "relative_position_index", "relative_coords_table"
 _MLP, _GENERATOR = "continuous_position_bias_mlp", "generate_relative_position_index"
@@ -103,8 +101,6 @@ def apply(
         OptionError: a factor that splits a patch or shrinks a window, or an option that windows have no use for.
         VerificationError: the model does not read the new biases.
     """
-    from ropepatch.surgery.embeddings import Patched
-
     if original_length is not None:
         raise OptionError("the trained length of an image model is its grid of patches", given=original_length)
     owner, old = _image(host)

@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ropepatch.errors import OptionError, UnsupportedModelError, UsageError
-from ropepatch.families._meta import refuse_meta
 from ropepatch.families._rotary import owner_of
 from ropepatch.families._site import Site
 from ropepatch.families._tables import adds_offset, first_row
@@ -32,6 +30,7 @@ from ropepatch.surgery import _embeddings_series as series
 from ropepatch.surgery import _embeddings_swap as swaps
 from ropepatch.surgery import relative
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, HookChange, TableChange, revert_all
+from ropepatch.surgery._embeddings_base import Patched, follows_law, key_of, refuse_shared, usable_table
 from ropepatch.surgery._embeddings_check import check_read
 from ropepatch.surgery._embeddings_lengths import config_entry, lengthen
 from ropepatch.surgery._embeddings_limit import LengthLimit
@@ -61,32 +60,6 @@ class Found:
     length: int
     entry: tuple[str, int]
     persistent: bool
-
-
-@dataclass(frozen=True)
-class Patched:
-    """What was done.
-
-    Attributes:
-        changes: in the order they were made.
-        sites: the tables as plain dicts, and the attention modules where a method goes on in these.
-        mechanism: what the tables were.
-        becomes: what knows of positions now, where that is another mechanism.
-        options: as they apply to tables.
-        original_length, target_length: of the first table, in tokens; of an image, in patches along its longer side.
-        plain: whether transformers builds the same model from the changed config and weights.
-        warnings: what the user should know.
-    """
-
-    changes: list[Any]
-    sites: list[dict[str, Any]]
-    mechanism: str
-    original_length: int
-    target_length: int
-    plain: bool
-    warnings: list[str]
-    becomes: str | None
-    options: MethodOptions
 
 
 def takes(sites: Sequence[Site], method: Any) -> bool:
@@ -146,7 +119,8 @@ def apply(
     _refuse_mechanism(host, method, text)
     if grids.takes(host, text):
         return grids.apply(host, text, method, options, original_length=original_length, verify=verify)
-    found = _distinct(host, [_found(host, site) for site in text])
+    found = [_found(host, site) for site in text]
+    refuse_shared(host, [(item.path, item.name) for item in found])
     lengths = [_lengths(item, options.factor, original_length) for item in found]  # type: ignore[attr-defined]
     tables = [_table(host, item, old) for item, (old, _) in zip(found, lengths, strict=True)]
     made = [rule.compute(table, new, options) for table, (_, new) in zip(tables, lengths, strict=True)]
@@ -173,7 +147,7 @@ def apply(
     except BaseException:
         revert_all(host, changes)
         raise
-    own_law = all(_follows(table, rows) for table, rows in zip(tables, made, strict=True))
+    own_law = all(follows_law(table, rows) for table, rows in zip(tables, made, strict=True))
     plain = not biased and not attending and (own_law or all(item.persistent for item in found))
     described = [
         {"path": item.path, "name": item.name, "mechanism": item.mechanism, "first_row": item.start, "length": new}
@@ -265,43 +239,13 @@ def _found(host: nn.Module, site: Site) -> Found:
     held: Tensor | None = module._parameters.get(site.name)
     if held is None:
         held = module._buffers.get(site.name)
-    if held is None or held.dim() != 2 or isinstance(held, DTensor):
-        raise UnsupportedModelError(
-            f"the table at {site.where} cannot be replaced: it is wrapped, sharded or not one row a position",
-            given=type(module).__name__,
-            hint="patch before adapters and wrappers are put on the table",
-        )
-    refuse_meta(held, site.where)
+    held = usable_table(host, site, held)
     start, rows = first_row(host, site.path), held.shape[0]
     entry = config_entry(host, site.path, rows, start)
     saved = site.name in module._parameters or site.name not in module._non_persistent_buffers_set
-    key = f"{site.path}.{site.name}" if site.path else site.name
     ignored: Any = getattr(host, "_keys_to_ignore_on_save", None) or ()
-    return Found(
-        site.path, site.name, site.mechanism, start, min(entry[1], rows - start), entry, saved and key not in ignored
-    )
-
-
-def _distinct(host: nn.Module, found: Sequence[Found]) -> list[Found]:
-    """The tables, each parameter once.
-
-    Raises:
-        UnsupportedModelError: something that is no position table shares one of them.
-    """
-    places = {f"{item.path}.{item.name}" if item.path else item.name for item in found}
-    tables = {id(getattr(host.get_submodule(item.path), item.name)): item for item in found}
-    for name, parameter in host.named_parameters(remove_duplicate=False):
-        if id(parameter) in tables and name not in places:
-            raise UnsupportedModelError(
-                f"the position table {tables[id(parameter)].path} is tied to {name}, which is none",
-                hint="untie them first",
-            )
-    if len(tables) < len(found):
-        raise UnsupportedModelError(
-            "two modules share one position table: " + ", ".join(sorted(places)),
-            hint="give each a copy of its own first",
-        )
-    return list(found)
+    persistent = saved and key_of(site.path, site.name) not in ignored
+    return Found(site.path, site.name, site.mechanism, start, min(entry[1], rows - start), entry, persistent)
 
 
 def _lengths(item: Found, factor: float, original_length: int | None) -> tuple[int, int]:
@@ -336,14 +280,6 @@ def _table(host: nn.Module, item: Found, length: int) -> PositionTable:
     law = law_of(table) if item.mechanism == "sinusoidal" else None
     rows = table[item.start : item.start + length].float().cpu()
     return PositionTable(rows, law, item.start)
-
-
-def _follows(table: PositionTable, rows: Tensor) -> bool:
-    """Whether the model computes these rows itself when its config asks for as many."""
-    if table.law is None:
-        return False
-    own = table.law.rows(torch.arange(len(rows)) + table.start, rows.shape[-1])
-    return torch.allclose(own, rows, rtol=0, atol=2e-2)
 
 
 # -- what is changed
