@@ -19,6 +19,7 @@ from ropepatch.families import host_of
 from ropepatch.saving import staged
 from ropepatch.sidecar import CONFIG_KEY
 from ropepatch.surgery._carry import REFUSAL
+from ropepatch.surgery._image_size import image_of
 from ropepatch.surgery._series_check import PAST, example
 
 FORMATS = ("transformers", "gguf")
@@ -177,9 +178,8 @@ def _inputs(host: Any, tables: bool) -> Iterator[tuple[dict[str, Any], str]]:
     """What both models are asked, within and beyond the trained length, and that in words."""
     trained = ropepatch.inspect(host).trained_length or 0
     if getattr(host, "main_input_name", "") == "pixel_values":
-        config = host.config
-        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
-        yield {"pixel_values": torch.linspace(-1, 1, 3 * size[0] * size[1]).reshape(1, 3, *size)}, f"at {size} pixels"
+        image = image_of(host.config)
+        yield {"pixel_values": image}, f"on an image of {image.shape[2]} x {image.shape[3]} pixels"
         return
     if getattr(host, "main_input_name", "") == PAST:
         yield example(host), f"on a context of {host.config.context_length} time steps"

@@ -23,8 +23,16 @@ from ropepatch.methods._base import MethodOptions
 from ropepatch.surgery import _relative_grid
 from ropepatch.surgery._changes import Change, TableChange, revert_all
 from ropepatch.surgery._embeddings_base import Patched
-from ropepatch.surgery._embeddings_check import reads, run_whole
-from ropepatch.surgery._image_size import PATCHES, Grid, enlarged, grid_of, resize_images
+from ropepatch.surgery._embeddings_check import reads
+from ropepatch.surgery._image_size import (
+    PATCHES,
+    Grid,
+    enlarged,
+    grid_of,
+    processor_warning,
+    resize_images,
+    run_on_image,
+)
 
 # Rows before the patches: class, distillation and register tokens.
 _MOST_EXTRA = 16
@@ -97,8 +105,7 @@ def apply(
         for item, size in zip(found, sizes, strict=True)
     ]
     described += _relative_grid.described(planned)
-    pixels = Grid(sizes[0], found[0].grid.patch).pixels
-    warnings = [f"the image processor may still resize: set its size to {pixels[0]} x {pixels[1]} pixels"]
+    warnings = [processor_warning(Grid(sizes[0], found[0].grid.patch))]
     if getattr(method, "finetune", ""):
         warnings.append(method.finetune)
     return Patched(
@@ -182,15 +189,6 @@ def _change(
 def _check(host: nn.Module, item: Found, size: tuple[int, int]) -> None:
     table = getattr(host.get_submodule(item.path), item.name)
     owner = host.get_submodule(owner_of(host, item.path))
-    config: Any = owner.config
-    height, width = Grid(size, item.grid.patch).pixels
-    shape = (1, getattr(config, "num_channels", 3), height, width)
     for row in (item.extra, item.extra + size[0] * size[1] - 1):
-        try:
-            read = reads(table, row, lambda: run_whole(owner, pixel_values=torch.zeros(shape)))
-        except Exception as error:
-            raise VerificationError(
-                f"the model does not run on an image of {height} x {width} pixels ({type(error).__name__}: {error})"
-            ) from error
-        if not read:
+        if not reads(table, row, lambda: run_on_image(owner)):
             raise VerificationError(f"the model does not read row {row} of {item.path}.{item.name}")

@@ -1,16 +1,18 @@
-"""The size of a model's images: what its config says, and everything in the model that follows from it."""
+"""The size of a model's images: what its config says, everything in the model that follows from it, and an image."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ropepatch.errors import OptionError
+from ropepatch.errors import OptionError, UnsupportedModelError, VerificationError, first_line
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, ConfigChange
+from ropepatch.surgery._embeddings_check import run_whole
 
 PATCHES = ("patch_embeddings", "patch_embedding", "patch_embed")
 _GRIDS = ("grid_size", "patch_grid", "patch_shape", "patches_resolution", "input_resolution")
@@ -47,6 +49,42 @@ def pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, int):
         return value, value
     return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) and len(value) == 2 else None
+
+
+def image_of(config: Any) -> Tensor:
+    """An image of the size that a config asks for, [1, channels, height, width], from -1 to 1.
+
+    Raises:
+        UnsupportedModelError: the config does not say the size.
+    """
+    size = pair(getattr(config, "image_size", None))
+    if size is None:
+        raise UnsupportedModelError("the config does not say how large the model's images are")
+    shape = (1, getattr(config, "num_channels", 3), *size)
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+
+
+def run_on_image(part: Any) -> Any:
+    """What a part of a model makes of an image of the size that its config asks for.
+
+    Raises:
+        VerificationError: it does not run on it.
+    """
+    image = image_of(part.config)
+    try:
+        return run_whole(part, pixel_values=image)
+    except Exception as error:
+        height, width = image.shape[2:]
+        raise VerificationError(
+            f"the model does not run on an image of {height} x {width} pixels "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def processor_warning(grid: Grid) -> str:
+    """What to tell who made the images of a model larger."""
+    height, width = grid.pixels
+    return f"the image processor may still resize: set its size to {height} x {width} pixels"
 
 
 def enlarged(size: tuple[int, int], factor: float, what: str = "") -> tuple[int, int]:

@@ -25,8 +25,16 @@ from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.surgery._changes import AttributeChange, BufferChange, Change, ConfigChange, TableChange, revert_all
 from ropepatch.surgery._embeddings_base import Patched
-from ropepatch.surgery._embeddings_check import run_whole
-from ropepatch.surgery._image_size import PATCHES, Grid, enlarged, grid_of, pair, resize_images
+from ropepatch.surgery._image_size import (
+    PATCHES,
+    Grid,
+    enlarged,
+    grid_of,
+    pair,
+    processor_warning,
+    resize_images,
+    run_on_image,
+)
 
 _TABLE, _INDEX, _COORDINATES = "relative_position_bias_table", "relative_position_index", "relative_coords_table"
 _MLP, _GENERATOR = "continuous_position_bias_mlp", "generate_relative_position_index"
@@ -117,7 +125,6 @@ def apply(
     except BaseException:
         revert_all(host, changes)
         raise
-    pixels = Grid(size, old.patch).pixels
     return Patched(
         changes=changes,
         sites=described(planned),
@@ -127,7 +134,7 @@ def apply(
         original_length=max(planned[0].window.size),
         target_length=max(planned[0].size),
         plain=True,
-        warnings=[f"the image processor may still resize: set its size to {pixels[0]} x {pixels[1]} pixels"],
+        warnings=[processor_warning(Grid(size, old.patch))],
     )
 
 
@@ -385,19 +392,10 @@ def check(host: nn.Module, planned: Sequence[Planned]) -> None:
         VerificationError: one does not, or the model does not run.
     """
     owner = _reader(host, planned[0].window.path)
-    part: Any = host.get_submodule(owner)
-    grid = grid_of(part.config)
-    assert grid is not None
-    height, width = grid.pixels
-    image = torch.zeros(1, getattr(part.config, "num_channels", 3), height, width)
+    part = host.get_submodule(owner)
     for last in (False, True):
         with _marked(host, planned, last), _watched(host, planned) as read:
-            try:
-                run_whole(part, pixel_values=image)
-            except Exception as error:
-                raise VerificationError(
-                    f"the model does not run on an image of {height} x {width} pixels ({type(error).__name__}: {error})"
-                ) from error
+            run_on_image(part)
         unread = [item.window for item in planned if item.window.path not in read]
         if unread:
             raise VerificationError(f"the model does not read {unread[0].path}.{unread[0].name}")
