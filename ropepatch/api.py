@@ -31,6 +31,7 @@ from ropepatch.surgery._select import select_sites
 from ropepatch.surgery._start import starts
 from ropepatch.surgery._verify import verify as verify_effect
 from ropepatch.surgery._warnings import warnings_of
+from ropepatch.surgery.own_length import own_length
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -415,12 +416,13 @@ def inspect(model: nn.Module) -> Inspection:
     config = config_of(host, host.get_submodule((text or sites)[0].path))
     trained: int | None
     target: int | None
+    length, unit = own_length(host, sites)
     if record:
         trained, target = record.original_length, record.target_length
         scaling = None if record.on_scaled != "multiply" else scaling
     else:
         trained, target = _stated_lengths(config, scaling)
-        if (length := embeddings.table_length(host, sites)) is not None:
+        if length is not None:
             trained = target = length
     return Inspection(
         model_type=host.config.model_type,
@@ -430,6 +432,7 @@ def inspect(model: nn.Module) -> Inspection:
         seam=record.seam if record else None,
         trained_length=trained,
         target_length=target,
+        unit=unit,
         native_scaling=str(scaling["rope_type"]) if scaling else None,
         sites=tuple(site.to_dict() for site in (*sites, *attention.learned_sites(host))),
         warnings=tuple(warnings_of(sites, record)),

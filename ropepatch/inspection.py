@@ -17,11 +17,12 @@ class Inspection:
         method: name of the method in force, None when unpatched.
         options: its options, defaults included.
         seam: where the method acts, None when unpatched.
-        trained_length: in tokens, None where the config does not say.
-        target_length: in tokens; the trained length when unpatched.
+        trained_length: in `unit`, None where the config does not say.
+        target_length: in `unit`; the trained length when unpatched.
         native_scaling: the scaling that the checkpoint itself carries, or None.
         sites: every place where the model carries positions, as plain dicts.
         warnings: what may be wrong.
+        unit: what lengths count: "tokens", "time steps", or "patches" along the longer side of an image or a window.
     """
 
     model_type: str
@@ -34,6 +35,7 @@ class Inspection:
     native_scaling: str | None
     sites: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...] = field(default=())
+    unit: str = "tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -45,6 +47,7 @@ class Inspection:
             "seam": self.seam,
             "trained_length": self.trained_length,
             "target_length": self.target_length,
+            "unit": self.unit,
             "native_scaling": self.native_scaling,
             "sites": [dict(site) for site in self.sites],
             "warnings": list(self.warnings),
@@ -57,8 +60,8 @@ class Inspection:
             ("mechanism", self.mechanism),
             ("method", f"{self.method} ({options})" if self.method else "none (unpatched)"),
             ("seam", self.seam or "-"),
-            ("trained length", _tokens(self.trained_length)),
-            ("target length", _tokens(self.target_length)),
+            ("trained length", _length(self.trained_length, self.unit)),
+            ("target length", _length(self.target_length, self.unit)),
             ("native scaling", self.native_scaling or "none"),
         ]
         lines = [f"{name:<15} {value}" for name, value in facts]
@@ -67,8 +70,8 @@ class Inspection:
         return "\n".join(lines)
 
 
-def _tokens(length: int | None) -> str:
-    return f"{length:,} tokens" if length else "not stated"
+def _length(length: int | None, unit: str) -> str:
+    return f"{length:,} {unit}" if length else "not stated"
 
 
 def _short(value: Any) -> str:

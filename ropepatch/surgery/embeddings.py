@@ -175,8 +175,6 @@ def apply(
 
 def table_length(host: nn.Module, sites: Sequence[Site]) -> int | None:
     """Positions of the first table of the text part, or None: configs also count rows that no position reads."""
-    if series.takes(host, [site for site in sites if site.mechanism in _TABLES]):
-        return series.context_length(host)
     for site in sites:
         if site.part == "text" and site.mechanism in _TABLES and site.name and not site.note:
             try:
