@@ -1,4 +1,4 @@
-"""RULER's niah_single_1 against lm-evaluation-harness, and grids of prompts against one `generate` for each prompt.
+"""RULER's niah_single_1 and grids of prompts against lm-evaluation-harness.
 
     python scripts/bench_ruler.py                                # 8 samples at 4,096 tokens, SmolLM2, and two grids
     python scripts/bench_ruler.py --samples 2 --length 1024 --rounds 1 --grid passkey:1024:3:1 --no-memory
@@ -8,8 +8,8 @@ answers the very same ones: same token ids, same model in the same dtype, same l
 reads what prompts share once, and stops a sample as soon as its text holds every reference, which no further token can
 undo; so the harness's own score, taken of both, is the same unless the tokens differ.
 
-Second part: grids of ours, SUITE:LENGTH,...:DEPTHS:TRIALS, against one plain `generate` for each prompt, with the same
-limit of generated tokens.
+Second part: grids of ours, SUITE:LENGTH,...:DEPTHS:TRIALS, whose very prompts the harness is given, with the same limit
+of generated tokens. (`scripts/bench_passkey.py` has grids against one plain `generate` for each prompt.)
 
 In every round each way runs once, one after the other in the same process; the order alternates. Ratios are taken
 within the round; what is printed is their median. Tokenising is timed, making the prompts is not. The memory is the
@@ -156,7 +156,8 @@ def answer(model: Any, queries: list[Any]) -> list[list[int]]:
 
 
 def grid_contest(model: Any, tokenizer: Any, grid: str, title: str) -> Contest:
-    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
     from ropepatch.evaluation.engine import Query
     from ropepatch.evaluation.suites import load_suite
@@ -171,35 +172,39 @@ def grid_contest(model: Any, tokenizer: Any, grid: str, title: str) -> Contest:
     retrieval = load_suite(name, settings).retrieval(tokenizer)  # type: ignore[attr-defined]
     prompts = [retrieval.build(place) for place in retrieval.places()]
 
-    def result(tokens: list[list[int]]) -> Result:
-        texts = [retrieval.encoder.decode(ids) for ids in tokens]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max(settings["lengths"]) + 256)
+    contexts = [tokenizer.decode(prompt.ids) for prompt in prompts]
+    assert all(lm.tok_encode(text) == prompt.ids.tolist() for text, prompt in zip(contexts, prompts, strict=True))
+    requests = [
+        Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": prompt.most_tokens, "do_sample": False}), i)
+        for i, (text, prompt) in enumerate(zip(contexts, prompts, strict=True))
+    ]
+
+    def result(texts: list[str]) -> Result:
         grades = [retrieval.grade(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        return Result([grade.correct for grade in grades], [grade.output for grade in grades], list(map(len, tokens)))
+        tokens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        return Result([grade.correct for grade in grades], [grade.output for grade in grades], tokens)
 
     def enough(prompt: Any) -> Callable[[list[int]], bool]:
         return lambda generated: retrieval.enough(prompt, retrieval.encoder.decode(generated))
 
     def ours() -> Result:
         queries = [Query(prompt.ids, prompt.answer, prompt.most_tokens, enough(prompt)) for prompt in prompts]
-        return result(answer(model, queries))
+        return result([retrieval.encoder.decode(ids) for ids in answer(model, queries)])
 
-    def generate(prompt: Any) -> list[int]:
-        ids = torch.from_numpy(prompt.ids.astype("int64")).unsqueeze(0)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=prompt.most_tokens, pad_token_id=0
-        )
-        return list(output[0, ids.shape[1] :].tolist())
+    def theirs(count: int | None = None) -> list[str]:
+        return list(lm.generate_until(requests[:count], disable_tqdm=True))
 
     sequences = [np.concatenate([prompt.ids, prompt.answer[:-1]]) for prompt in prompts]
     total, distinct = sum(map(len, sequences)), trie_size(walk(sequences))
     title = f"grid {grid}, {len(prompts)} prompts, {distinct:,} distinct of {total:,} tokens, {title}"
     return Contest(
         title,
-        "generate",
+        "lm-eval",
         GRID_TARGET,
         ours,
-        lambda: result([generate(p) for p in prompts]),
-        lambda: generate(prompts[0]),
+        lambda: result(theirs()),
+        lambda: theirs(1),
     )
 
 
