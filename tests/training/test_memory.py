@@ -13,7 +13,7 @@ from ropepatch.training import memory
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_the_heap_is_trimmed_between_layers_on_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", num_hidden_layers=9)
+    model = tiny_model("llama", num_hidden_layers=2 * memory._EVERY + 1)
     ids = torch.arange(8)[None]
     expected = model(ids).logits
     real, calls = memory._trim(), []
