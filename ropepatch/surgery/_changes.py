@@ -103,6 +103,25 @@ def _set_data(table: nn.Parameter, value: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True)
+class FreezeChange:
+    """A parameter that training leaves alone."""
+
+    path: str
+    name: str
+    old: bool
+
+    @classmethod
+    def apply(cls, host: nn.Module, path: str, name: str) -> FreezeChange:
+        parameter = host.get_submodule(path).get_parameter(name)
+        old = parameter.requires_grad
+        parameter.requires_grad_(False)
+        return cls(path, name, old)
+
+    def revert(self, host: nn.Module) -> None:
+        host.get_submodule(self.path).get_parameter(self.name).requires_grad_(self.old)
+
+
+@dataclass(frozen=True)
 class AttributeChange:
     """A plain Python attribute of a module."""
 
@@ -190,7 +209,16 @@ class HookChange:
             getattr(module, place, {}).pop(self.key, None)
 
 
-Change = BufferChange | ParameterChange | TableChange | AttributeChange | ConfigChange | ModuleChange | HookChange
+Change = (
+    BufferChange
+    | ParameterChange
+    | TableChange
+    | FreezeChange
+    | AttributeChange
+    | ConfigChange
+    | ModuleChange
+    | HookChange
+)
 
 
 def revert_all(host: nn.Module, changes: list[Change]) -> None:

@@ -21,7 +21,7 @@ from ropepatch.families._rotary import owner_of
 from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.surgery import _relative_grid
-from ropepatch.surgery._changes import Change, TableChange, revert_all
+from ropepatch.surgery._changes import Change, FreezeChange, TableChange, revert_all
 from ropepatch.surgery._embeddings_base import Patched
 from ropepatch.surgery._embeddings_check import reads
 from ropepatch.surgery._image_size import (
@@ -92,6 +92,8 @@ def apply(
             _relative_grid.enlarge(host, planned, changes)
         for item, size in zip(found, sizes, strict=True):
             _change(host, item, size, method.table.grid, options, changes)
+            if method.table.silent:
+                changes.append(FreezeChange.apply(host, item.path, item.name))
         if verify:
             for item, size in zip(found, sizes, strict=True):
                 _check(host, item, size)

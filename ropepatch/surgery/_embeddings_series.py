@@ -21,7 +21,7 @@ from ropepatch.families._site import Site
 from ropepatch.methods._base import MethodOptions
 from ropepatch.methods._sinusoid import law_of, scaled_law_of
 from ropepatch.methods._tables import PositionTable, TableRule
-from ropepatch.surgery._changes import Change, ConfigChange, HookChange, TableChange, revert_all
+from ropepatch.surgery._changes import Change, ConfigChange, FreezeChange, HookChange, TableChange, revert_all
 from ropepatch.surgery._embeddings_base import Patched, follows_law, key_of, refuse_shared, usable_table
 from ropepatch.surgery._series_check import PAST, PastLength, check_reads, check_runs, past_length, reader_of
 from ropepatch.surgery._series_lengths import CONTEXT, Dependents, dependents, lengthen
@@ -93,6 +93,8 @@ def apply(
         for item, rows in zip(found, made, strict=True):
             held = getattr(host.get_submodule(item.path), item.name).detach()
             changes.append(TableChange.apply(host, item.path, item.name, torch.cat((item.before, rows.to(held)))))
+            if rule.silent:
+                changes.append(FreezeChange.apply(host, item.path, item.name))
         lengthen(host, wanted, changes)
         for site in computed:
             plain = _change_computed(host, site, rule, options, changes)

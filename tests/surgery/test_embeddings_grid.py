@@ -137,3 +137,14 @@ def test_what_fits_no_grid_is_refused_and_changes_nothing() -> None:
         ropepatch.patch(model, "linear", factor=2)
     model.config.image_size = 32
     assert states(model, image(32, 32)).equal(before)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_training_does_not_fill_a_table_that_is_switched_off(trained: bool) -> None:
+    model = build("deit")
+    table = model.embeddings.position_embeddings.requires_grad_(trained)
+    ropepatch.patch(model, "nope", factor=2)
+    model(pixel_values=image(64, 64)).last_hidden_state.square().sum().backward()
+    assert table.grad is None and any(parameter.grad is not None for parameter in model.parameters())
+    ropepatch.unpatch(model)
+    assert model.embeddings.position_embeddings.requires_grad == trained

@@ -413,6 +413,17 @@ def test_patches_are_switched_off() -> None:
     assert table[0].equal(first) and not table[1:].any()
 
 
+def test_training_does_not_fill_learned_patches_that_are_switched_off() -> None:
+    model = patched_series(**RANDOM)
+    ropepatch.patch(model, "nope", factor=2)
+    table = model.encoder.positional_encoder.position_enc
+    loss = model(**patch_input(2 * CONTEXT)).last_hidden_state.square().sum()
+    loss.backward()
+    assert table.grad is None and not table.requires_grad
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    assert ropepatch.unpatch(model).encoder.positional_encoder.position_enc.requires_grad
+
+
 @pytest.mark.parametrize("more", [{}, RANDOM, {"use_cls_token": True}])
 @pytest.mark.parametrize("method", ["linear", "sinusoidal", "nope"])
 def test_patches_undone_to_the_last_bit(more: dict[str, Any], method: str) -> None:
