@@ -105,17 +105,23 @@ def run_title(configuration: Mapping[str, Any]) -> str:
     patch = configuration.get("patch")
     if not patch:
         return "served" if configuration.get("endpoint") else "unpatched"
+    title = _named(patch["method"], patch.get("options", {}))
+    base = dict(patch.get("base") or {})
+    return f"{title} over {_named(base.pop('method'), base)}" if base else title
+
+
+def _named(method: str, options: Mapping[str, Any]) -> str:
+    """A method with its options that are not default."""
     import ropepatch
 
-    known = next((method for method in ropepatch.methods() if method.name == patch["method"]), None)
+    known = next((info for info in ropepatch.methods() if info.name == method), None)
     defaults = {option["name"]: option["default"] for option in known.options} if known else {}
-    options = ", ".join(
+    said = ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in patch.get("options", {}).items()
+        for name, value in options.items()
         if value is not None and (name not in defaults or defaults[name] != value)
     )
-    title = f"{patch['method']} ({options})" if options else str(patch["method"])
-    return f"{title} over {patch['base']['method']}" if patch.get("base") else title
+    return f"{method} ({said})" if said else method
 
 
 def trained_length(configuration: Mapping[str, Any]) -> int | None:

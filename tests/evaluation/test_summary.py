@@ -80,5 +80,5 @@ def test_the_trained_length_falls_back_to_the_patch_record() -> None:
 
 def test_titles_name_what_lies_below_and_what_nobody_knows() -> None:
     patch = {"method": "rerope", "options": {"window": None}, "base": {"method": "yarn", "factor": 2}}
-    assert run_title(configuration(patch=patch)) == "rerope over yarn"
+    assert run_title(configuration(patch=patch)) == "rerope over yarn (factor 2)"
     assert run_title(configuration(patch=None, endpoint={"url": "http://x"})) == "served"
