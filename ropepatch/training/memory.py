@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 # Layers. Pages that were given back must be had again: oftener costs time, more seldom costs memory.
-_EVERY = 4
+_EVERY = 10
 
 
 @contextmanager
 def trimmed(model: nn.Module) -> Iterator[None]:
-    """Trim the heap after every fourth layer's forward and before its backward, for the length of a with block.
+    """Trim the heap after every tenth layer's forward and before its backward, for the length of a with block.
 
     Elsewhere than with glibc and on the CPU nothing is done.
     """
