@@ -8,8 +8,9 @@ answers the very same ones: same token ids, same model in the same dtype, same l
 reads what prompts share once, and stops a sample as soon as its text holds every reference, which no further token can
 undo; so the harness's own score, taken of both, is the same unless the tokens differ.
 
-Second part: grids of ours, SUITE:LENGTH,...:DEPTHS:TRIALS, whose very prompts the harness is given, with the same limit
-of generated tokens. (`scripts/bench_passkey.py` has grids against one plain `generate` for each prompt.)
+Second part: grids of ours, SUITE:LENGTH,...:DEPTHS:TRIALS[:NAME=VALUE,...], whose very prompts the harness is given,
+with the same limit of generated tokens. (`scripts/bench_passkey.py` has grids against one plain `generate` for each
+prompt.)
 
 In every round each way runs once, one after the other in the same process; the order alternates. Ratios are taken
 within the round; what is printed is their median. Tokenising is timed, making the prompts is not. The memory is the
@@ -35,7 +36,7 @@ import numpy as np
 from bench_passkey import CLEAR, peak_resident
 
 TASK = "niah_single_1"
-GRIDS = ("passkey:4096:5:3", "needle:4096:5:3")
+GRIDS = ("passkey:4096:5:3", "needle:4096:5:3", "key_value:4096:5:3:in_place=true")
 RULER_TARGET, GRID_TARGET = 1.5, 2.0
 
 
@@ -65,7 +66,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="RULER prompts; 0 leaves RULER out")
     parser.add_argument("--length", type=int, default=4096, help="RULER's length, 128 generated tokens included")
     parser.add_argument(
-        "--grid", action="append", help=f"SUITE:LENGTH,...:DEPTHS:TRIALS; none: no grid; default {' '.join(GRIDS)}"
+        "--grid",
+        action="append",
+        help=f"SUITE:LENGTH,...:DEPTHS:TRIALS[:NAME=VALUE,...]; none: no grid; default {' '.join(GRIDS)}",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")
@@ -163,11 +166,12 @@ def grid_contest(model: Any, tokenizer: Any, grid: str, title: str) -> Contest:
     from ropepatch.evaluation.suites import load_suite
     from ropepatch.evaluation.trie import trie_size, walk
 
-    name, lengths, depths, trials = grid.split(":")
+    name, lengths, depths, trials, *options = grid.split(":")
     settings = {
         "lengths": [int(length) for length in lengths.split(",")],
         "depths": np.linspace(0, 1, int(depths)).tolist(),
         "trials": int(trials),
+        **dict(option.split("=", 1) for option in ",".join(options).split(",") if option),
     }
     retrieval = load_suite(name, settings).retrieval(tokenizer)  # type: ignore[attr-defined]
     prompts = [retrieval.build(place) for place in retrieval.places()]

@@ -5,8 +5,10 @@ lost-in-the-middle, kv_retrieval.prompt). There the number of pairs is given; he
 many pairs as fit into exactly `length` tokens. What is left, less than a pair, lengthens the value of the last pair
 that is not asked for, by hexadecimal digits.
 
-Prompts share prefixes: the pairs that are not asked for are the same ones, in the same order, for every depth, trial
-and length of a seed; each trial has a key and a value of its own, the same at every depth and length.
+Prompts share prefixes. As in the paper, the pair that is asked for is put among the others, at its depth: the others
+are the same ones, in the same order, for every depth, trial and length of a seed; each trial has a key and a value of
+its own, the same at every depth and length. `in_place`, each trial has an object of its own, and its depths ask for one
+pair of it after the other: those prompts differ in their ends alone, and are read almost for the price of one.
 """
 
 from __future__ import annotations
@@ -45,11 +47,14 @@ class KeyValueSuite(GridSuite):
 
     Attributes:
         depths: places of the pair that is asked for, 0 (the first pair) to 1 (the last).
+        in_place: ask for the pairs that stand at the depths of one object, an object a trial; otherwise one pair is
+            moved through the same others, as in the paper.
     """
 
     name = "key_value"
 
     task: Literal["key_value"] = "key_value"
+    in_place: bool = False
 
     def retrieval(self, tokenizer: Any) -> KeyValueTask:
         return KeyValueTask(
@@ -57,6 +62,7 @@ class KeyValueSuite(GridSuite):
             grid=self.grid,
             seed=self.seed,
             chat_template=self.chat_template,
+            in_place=self.in_place,
         )
 
 
@@ -69,6 +75,7 @@ class KeyValueTask(GridTask):
         seed: of all keys and values.
         chat_template: put the prompt into the tokenizer's chat template, "Corresponding value:" as the beginning of the
             reply.
+        in_place: each trial has an object of its own, and the pairs that stand at the depths are asked for.
 
     Raises:
         PromptError: no chat template; a tokenizer without offsets, or without the characters of UUIDs; a length that is
@@ -84,12 +91,14 @@ class KeyValueTask(GridTask):
         *,
         seed: int = 0,
         chat_template: bool = False,
+        in_place: bool = False,
     ) -> None:
         self.encoder = TextEncoder(tokenizer, chat_template=chat_template)
         self.seed = seed
         self.grid = grid
-        self._others: list[Pair] = []
-        minimum = max(self._minimum(depth, self._asked(trial)) for depth in grid.depths for trial in range(grid.trials))
+        self.in_place = in_place
+        self._drawn: dict[tuple[int, ...], list[Pair]] = {}
+        minimum = max(self._minimum(depth, trial) for depth in grid.depths for trial in range(grid.trials))
         self._check_length(min(grid.lengths), minimum)
 
     def build(self, place: Place) -> Prompt:
@@ -100,17 +109,18 @@ class KeyValueTask(GridTask):
             PromptError: `length` is too short (the message names the minimum), `depth` is not within 0..1, or the
                 tokenizer cannot represent UUIDs.
         """
-        length, depth = place.length, self.depth_of(place)
-        asked = self._asked(place.trial)
-        self._check_length(length, self._minimum(depth, asked))
-        pairs = self._most_pairs(length, depth, asked)
-        while (fitted := self._fill(length, depth, asked, pairs)) is None:
+        length, depth, trial = place.length, self.depth_of(place), place.trial
+        self._check_length(length, self._minimum(depth, trial))
+        pairs = self._most_pairs(length, depth, trial)
+        while (fitted := self._fill(length, depth, trial, pairs)) is None:
             # No number of digits comes out right: a pair less leaves more room for them.
             pairs -= 1
             if pairs < _FEWEST_PAIRS:
                 raise PromptError("no prompt of exactly this length can be built", given=length)
         tokens, draft, _ = fitted
         start, end = tokens.span(*draft.marks["pair"])
+        ordered, index = self._object(depth, trial, pairs)
+        asked = ordered[index]
         answer = self._answer(draft, asked)
         details = {"pairs": pairs, "pair_start": start, "pair_end": end}
         return Prompt(place, tokens.ids, answer, asked.value, len(answer) + _SPARE_TOKENS, details)
@@ -125,18 +135,26 @@ class KeyValueTask(GridTask):
         exact = is_exactly(f'"{value}', text) or is_exactly(value, text)
         return Grade(text.strip(), found([value], text)[0], {"exact": int(exact)})
 
-    def _asked(self, trial: int) -> Pair:
-        return Pair(draw_uuid("asked key", self.seed, trial), draw_uuid("asked value", self.seed, trial))
+    def _object(self, depth: float, trial: int, count: int) -> tuple[list[Pair], int]:
+        """So many pairs, and which of them is asked for."""
+        index = math.floor(depth * (count - 1) + 0.5)
+        if self.in_place:
+            return self._pairs(count, trial), index
+        asked = Pair(draw_uuid("asked key", self.seed, trial), draw_uuid("asked value", self.seed, trial))
+        others = self._pairs(count - 1)
+        return [*others[:index], asked, *others[index:]], index
 
-    def _other(self, number: int) -> Pair:
-        while len(self._others) <= number:
-            drawn = len(self._others)
-            self._others.append(Pair(draw_uuid("key", self.seed, drawn), draw_uuid("value", self.seed, drawn)))
-        return self._others[number]
+    def _pairs(self, count: int, *trial: int) -> list[Pair]:
+        """The first pairs of a trial, or of all trials."""
+        drawn = self._drawn.setdefault(trial, [])
+        while len(drawn) < count:
+            what = (self.seed, *trial, len(drawn))
+            drawn.append(Pair(draw_uuid("key", *what), draw_uuid("value", *what)))
+        return drawn[:count]
 
-    def _minimum(self, depth: float, asked: Pair) -> int:
+    def _minimum(self, depth: float, trial: int) -> int:
         """The tokens of the shortest prompt."""
-        draft = self._draft(depth, asked, _FEWEST_PAIRS)
+        draft = self._draft(depth, trial, _FEWEST_PAIRS)
         tokens = self.encoder.encode(draft.text)
         self.encoder.check_known(draft.text, tokens, *draft.marks["pair"])
         return len(tokens)
@@ -145,13 +163,13 @@ class KeyValueTask(GridTask):
         if length < minimum:
             raise PromptError("the length is too short for the prompt", given=length, allowed=f"at least {minimum}")
 
-    def _most_pairs(self, length: int, depth: float, asked: Pair) -> int:
+    def _most_pairs(self, length: int, depth: float, trial: int) -> int:
         """As many pairs as fit into `length` tokens."""
         sizes: dict[int, int] = {}
 
         def size(pairs: int) -> int:
             if pairs not in sizes:
-                sizes[pairs] = len(self.encoder.encode(self._draft(depth, asked, pairs).text))
+                sizes[pairs] = len(self.encoder.encode(self._draft(depth, trial, pairs).text))
             return sizes[pairs]
 
         few, many = _FEWEST_PAIRS, _FEWEST_PAIRS + 8
@@ -162,21 +180,21 @@ class KeyValueTask(GridTask):
         pairs = few + reached
         return pairs if size(pairs) == length else pairs - 1
 
-    def _fill(self, length: int, depth: float, asked: Pair, pairs: int) -> Fitted | None:
+    def _fill(self, length: int, depth: float, trial: int, pairs: int) -> Fitted | None:
         """The prompt with so many pairs, exactly `length` tokens, through digits at one value's end."""
 
         def draft(digits: int) -> Draft:
-            return self._draft(depth, asked, pairs, digits)
+            return self._draft(depth, trial, pairs, digits)
 
         missing = length - len(self.encoder.encode(draft(0).text))
         return fit(self.encoder, length, draft, guess=missing, most=_MOST_DIGITS)
 
-    def _draft(self, depth: float, asked: Pair, pairs: int, digits: int = 0) -> Draft:
-        index = math.floor(depth * (pairs - 1) + 0.5)
-        others = [self._other(number) for number in range(pairs - 1)]
-        longer = f"{others[-1].value}{draw_hex(digits, 'digits', self.seed)}"
-        ordered = [*others[:-1], Pair(others[-1].key, longer)]
-        ordered.insert(index, asked)
+    def _draft(self, depth: float, trial: int, pairs: int, digits: int = 0) -> Draft:
+        ordered, index = self._object(depth, trial, pairs)
+        asked = ordered[index]
+        last = pairs - 1 if index < pairs - 1 else pairs - 2
+        longer = f"{ordered[last].value}{draw_hex(digits, 'digits', self.seed)}"
+        ordered[last] = Pair(ordered[last].key, longer)
         lines = [f'"{pair.key}": "{pair.value}"' for pair in ordered]
         head = f"{INSTRUCTION}\n\n{DATA}\n{{"
         separator = ",\n "
@@ -185,7 +203,6 @@ class KeyValueTask(GridTask):
         starts = [text.index(user) + len(head)]
         for line in lines[:-1]:
             starts.append(starts[-1] + len(line) + len(separator))
-        last = pairs - 1 if index < pairs - 1 else pairs - 2
         end = starts[last] + len(lines[last]) - len('"')
         pair = (starts[index], starts[index] + len(lines[index]))
         return Draft(text, (end - digits, end), {"pair": pair})

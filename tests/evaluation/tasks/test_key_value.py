@@ -40,11 +40,17 @@ def _pairs(content: str) -> tuple[list[tuple[str, str]], str]:
     return json.loads(found[1], object_pairs_hook=list), found[2]
 
 
-@given(name=st.sampled_from(TOKENIZERS), length=st.integers(250, 2500), depth=st.floats(0, 1), trial=st.integers(0, 20))
-@settings(max_examples=60)
-def test_prompts_are_exact_and_json(name: str, length: int, depth: float, trial: int) -> None:
+@given(
+    name=st.sampled_from(TOKENIZERS),
+    length=st.integers(250, 2500),
+    depth=st.floats(0, 1),
+    trial=st.integers(0, 20),
+    in_place=st.booleans(),
+)
+@settings(max_examples=80)
+def test_prompts_are_exact_and_json(name: str, length: int, depth: float, trial: int, in_place: bool) -> None:
     try:
-        task = _task(name, lengths=[length], depths=[depth], trials=1)
+        task = _task(name, lengths=[length], depths=[depth], trials=1, in_place=in_place)
         prompt = task.build(Place("key_value", length, depth, trial))
     except PromptError as error:
         assume("too short" not in str(error))
@@ -105,8 +111,29 @@ def test_prefixes_are_shared() -> None:
     assert common_prefix(short.ids, long.ids) > 1200
 
 
-def test_building_twice_gives_the_same_prompt() -> None:
-    grid: dict[str, Any] = {"lengths": [700, 900], "depths": [0.2, 0.8], "trials": 2}
+def test_depths_ask_one_object_in_place() -> None:
+    """Depths differ in the question, and in the digits that make up for its tokens; trials in their objects."""
+    depths = [0, 0.25, 0.5, 0.75, 1]
+    task = _task(lengths=[3000], depths=depths, trials=2, in_place=True)
+    contents = {
+        (depth, trial): _pairs(flat(decoded("byte_level", task.build(Place("key_value", 3000, depth, trial)).ids)))
+        for depth in depths
+        for trial in (0, 1)
+    }
+    for trial in (0, 1):
+        objects = [[key for key, _ in contents[depth, trial][0]] for depth in depths]
+        fewest = min(map(len, objects))
+        assert all(keys[:fewest] == objects[0][:fewest] and len(keys) <= fewest + 1 for keys in objects)
+        assert len({contents[depth, trial][1] for depth in depths}) == len(depths)
+    assert not set(contents[0, 0][0]) & set(contents[0, 1][0])
+    prompts = every_prompt(task)
+    total = sum(len(prompt.ids) for prompt in prompts)
+    assert total / trie_size(walk([prompt.ids for prompt in prompts])) > 3.5  # of 5, the number of depths
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_building_twice_gives_the_same_prompt(in_place: bool) -> None:
+    grid: dict[str, Any] = {"lengths": [700, 900], "depths": [0.2, 0.8], "trials": 2, "in_place": in_place}
     other = {prompt.place: prompt for prompt in reversed(every_prompt(_task("fused_newlines", **grid)))}
     longer = _task("fused_newlines", **{**grid, "lengths": [700, 900, 2000]})
     for prompt in every_prompt(_task("fused_newlines", **grid)):
