@@ -19,17 +19,14 @@ import torch
 from torch import nn
 
 from ropepatch.errors import RopepatchError, UnsupportedModelError
-from ropepatch.evaluation.cache import SMALLEST_CHUNK, NoReuseError, Reader, unheard
-from ropepatch.evaluation.chunked_attention import chunked_attention
+from ropepatch.evaluation.cache import SMALLEST_CHUNK, Reader, unheard
 from ropepatch.evaluation.limits import check_length, length_dependent_rope
+from ropepatch.evaluation.pieces import PROBE, fastest_way
 from ropepatch.evaluation.plain import full_logits, generate_plain
 from ropepatch.evaluation.prompt import Ids
 from ropepatch.evaluation.trie import Visit, trie_size, walk
 
 DEFAULT_CHUNK = 4096
-_PROBE = 48
-# What models raise when a text is handed to them in pieces and they do not support it.
-REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +145,7 @@ class Engine:
                 f"its {rope} rotary embedding changes with the length of the input",
             )
         else:
-            self._choose(max((q.sequence for q in queries), key=len)[:_PROBE])
+            self._choose(max((q.sequence for q in queries), key=len)[:PROBE])
         visits = walk([q.sequence for q in queries])
         self.work.trie_size += trie_size(visits)
         self.work.sum_of_prompts += sum(visit.length * len(visit.members) for visit in visits)
@@ -159,29 +156,18 @@ class Engine:
         """Take the fastest way that agrees with a plain forward."""
         self._reader = None
         self._stack.close()
-        wanted = full_logits(self.model, ids).float()
-        for fast in (True, False):
-            with ExitStack() as attempt:
-                unmasked = attempt.enter_context(chunked_attention(self.model)) if fast else False
-                if fast and not unmasked:
-                    continue
-                try:
-                    reader = Reader(self.model, chunk_size=self.chunk_size, unmasked=unmasked)
-                    found = _read_in_pieces(reader, ids)
-                except NoReuseError as error:
-                    self.reason = str(error)
-                    break
-                except REFUSALS as error:
-                    self.reason = f"it cannot be read in pieces: {type(error).__name__}: {error}"
-                    continue
-                if agree(found, wanted[-len(found) :], self.model):
-                    reader.reset()
-                    reader.on_tokens = self._count
-                    self._reader, self.reuse, self.reason = reader, True, None
-                    self._stack = attempt.pop_all()
-                    return
-                self.reason = "its logits change when it reads a text in pieces"
-        self.reuse = False
+        tried: list[Reader] = []
+
+        def read(unmasked: bool) -> torch.Tensor:
+            tried.append(Reader(self.model, chunk_size=self.chunk_size, unmasked=unmasked))
+            return _read_in_pieces(tried[-1], ids)
+
+        self.reason = fastest_way(self.model, ids, read, self._stack)
+        self.reuse = self.reason is None
+        if self.reuse:
+            self._reader = tried[-1]
+            self._reader.reset()
+            self._reader.on_tokens = self._count
 
     def run(
         self,
@@ -311,15 +297,7 @@ def _read_in_pieces(reader: Reader, ids: Ids) -> torch.Tensor:
         if len(piece):
             reader.extend(piece, keep=1)
     reader.rewind(n // 2)
-    return reader.extend(ids[n // 2 :], keep=n - n // 2).float()
-
-
-def agree(found: torch.Tensor, wanted: torch.Tensor, model: nn.Module) -> bool:
-    """Whether two sets of logits differ by rounding only: relative to how much the logits vary."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-    spread = (wanted - wanted.mean(-1, keepdim=True)).norm()
-    return bool((found - wanted).norm() <= tolerance * spread)
+    return reader.extend(ids[n // 2 :], keep=n - n // 2)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -13,10 +13,9 @@ from torch import nn
 
 from ropepatch.errors import RopepatchError, UnsupportedModelError
 from ropepatch.evaluation.cache import forward_parameters, input_device, unheard, vocabulary_size
-from ropepatch.evaluation.chunked_attention import chunked_attention
-from ropepatch.evaluation.engine import REFUSALS, agree
 from ropepatch.evaluation.limits import check_length, length_dependent_rope
 from ropepatch.evaluation.perplexity.loss import Losses, token_losses
+from ropepatch.evaluation.pieces import PROBE, fastest_way
 from ropepatch.evaluation.plain import full_logits
 from ropepatch.evaluation.prompt import Ids
 from ropepatch.families import host_of
@@ -25,7 +24,6 @@ LOGIT_BYTES = 2**27
 """Most logits at once: 128 MiB. A vocabulary of 49,152 gives 682 rows in float32, 1,365 in bfloat16."""
 
 _MASK_ELEMENTS = 2**24
-_PROBE = 48
 
 
 @contextmanager
@@ -97,28 +95,19 @@ class Scorer:
         if not self._takes_cache:
             self.reason = "its forward takes no past_key_values"
             return
-        probe = longest[:_PROBE]
-        wanted = full_logits(self.model, probe).float()
-        for fast in (True, False):
-            with ExitStack() as attempt:
-                self._unmasked = attempt.enter_context(chunked_attention(self.model)) if fast else False
-                if fast and not self._unmasked:
-                    continue
-                try:
-                    cache = _cache(self.model)
-                    n = len(probe)
-                    edges = [0, n // 3, n - n // 6, n]
-                    blocks = [probe[a:b] for a, b in itertools.pairwise(edges) if a < b]
-                    found = torch.cat([self._extend(cache, block, len(block)) for block in blocks]).float()
-                except REFUSALS as error:
-                    self.reason = f"it cannot be read in pieces: {type(error).__name__}: {error}"
-                    continue
-                if agree(found, wanted, self.model):
-                    self.pieces, self.reason = True, None
-                    stack.push(attempt.pop_all())
-                    return
-                self.reason = "its logits change when it reads a text in pieces"
-        self._unmasked = False
+        probe = longest[:PROBE]
+        n = len(probe)
+        edges = [0, n // 3, n - n // 6, n]
+        blocks = [probe[a:b] for a, b in itertools.pairwise(edges) if a < b]
+
+        def read(unmasked: bool) -> torch.Tensor:
+            self._unmasked = unmasked
+            cache = _cache(self.model)
+            return torch.cat([self._extend(cache, block, len(block)) for block in blocks])
+
+        self.reason = fastest_way(self.model, probe, read, stack)
+        self.pieces = self.reason is None
+        self._unmasked = self._unmasked and self.pieces
 
     @torch.inference_mode()
     def score(self, ids: Ids, first: int) -> Losses:
