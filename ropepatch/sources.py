@@ -27,8 +27,12 @@ def model_source(name_or_path: str | os.PathLike[str]) -> str:
         return str(demo_model_path())
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ModelLoadError(f"the folder {path} holds no model: it has no config.json")
+        if not _holds_model(path):
+            within = [repr(str(folder)) for folder in sorted(path.iterdir()) if _holds_model(folder)]
+            raise ModelLoadError(
+                f"the folder {path} holds no model: it has no config.json",
+                hint=f"did you mean {' or '.join(within[:3])}?" if within else None,
+            )
         return str(path)
     if path.is_file() or not _looks_like_hub_id(name):
         raise ModelLoadError(
@@ -36,6 +40,10 @@ def model_source(name_or_path: str | os.PathLike[str]) -> str:
             allowed=("a folder", "a hub id such as owner/name", *DEMO_MODELS),
         )
     return name
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _looks_like_hub_id(name: str) -> bool:

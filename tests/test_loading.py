@@ -46,6 +46,15 @@ def test_a_folder_loads_with_model_and_tokenizer(tiny_model_folder: Path, dtype:
     assert tokenizer.decode(tokenizer("The pass key is 123.").input_ids) == "The pass key is 123."
 
 
+def test_folder_of_a_run_names_the_models_in_it(tmp_path: Path) -> None:
+    for name, file in (("adapter", "adapter_config.json"), ("merged", "config.json"), ("eval", "run.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    with pytest.raises(ModelLoadError, match="holds no model") as caught:
+        load_model(tmp_path)
+    assert caught.value.hint == f"did you mean {str(tmp_path / 'adapter')!r} or {str(tmp_path / 'merged')!r}?"
+
+
 def test_auto_chooses_one_of_the_two() -> None:
     assert resolve_dtype("auto") == resolve_dtype(None)
     assert resolve_dtype("auto") in (torch.float32, torch.bfloat16)
