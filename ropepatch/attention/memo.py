@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ropepatch.attention.forms import key_form
+from ropepatch.attention.growing import growing_type
 from ropepatch.attention.layer import Layer
 from ropepatch.attention.scheme import Segment
 from ropepatch.attention.visibility import Visibility
@@ -146,11 +147,15 @@ def _first_keys(cache: Any) -> Tensor | None:
 
 
 def _keys(cache: Any, index: int) -> Tensor | None:
-    """The keys of a layer that grows by making new tensors; one that is written in place would go unnoticed."""
+    """The keys of a layer that gives new tensors or longer views with each call.
+
+    One that is written in place would go unnoticed. Where a growing layer writes over what was cut off, `check` has
+    seen the cut before.
+    """
     from transformers.cache_utils import DynamicLayer
 
     layers = getattr(cache, "layers", ())
-    if index >= len(layers) or type(layers[index]) is not DynamicLayer:
+    if index >= len(layers) or type(layers[index]) not in (DynamicLayer, growing_type()):
         return None
     keys = getattr(layers[index], "keys", None)
     return keys if isinstance(keys, Tensor) else None

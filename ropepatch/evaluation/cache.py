@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ropepatch.attention.growing import growing_layer
 from ropepatch.attention.interface import OWNER
 from ropepatch.evaluation.prompt import Ids
 from ropepatch.families import host_of
@@ -119,9 +120,9 @@ def _croppable_cache(config: Any) -> Any:
 
     cache: Any = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicSlidingWindowLayer:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             # Keeps all keys, so that cutting back is possible; the mask, not the cache, makes the window.
-            cache.layers[index] = DynamicLayer()
+            cache.layers[index] = growing_layer()
         elif hasattr(layer, "update_recurrent_state") or not hasattr(layer, "crop"):
             raise NoReuseError(f"its {type(layer).__name__} state cannot be cut back")
     return cache

@@ -2,7 +2,9 @@
 
 PyTorch's fast causal kernel serves only a chunk that starts a sequence; with a cache before it, transformers builds a
 mask, which costs up to twice the time and a quadratic tensor. Here a chunk's attention is two calls of the unmasked
-kernel, one over the cached keys and one causal over the chunk's own, joined exactly by their log-sum-exp.
+kernel, one over the cached keys and one causal over the chunk's own, joined exactly by their log-sum-exp. A single
+token is one call, in which the query heads of a key head are rows of one product: the kernel's own way with grouped
+heads reads the keys once for each query head.
 
 Registered under a name of its own and selected on one model for as long as an evaluation runs.
 """
@@ -39,6 +41,8 @@ def past_and_own(
     key_heads, past = key.shape[1], key.shape[2] - n
     # Without a mask a query's row does not matter, so the heads of one key head are laid out as further rows.
     rows = query.reshape(batch, key_heads, heads // key_heads * n, dim)
+    if n == 1:
+        return flash(rows, key, value, 0.0, False, scale=scale)[0].reshape(batch, heads, n, dim)
     seen, seen_lse = flash(rows, key[:, :, :past], value[:, :, :past], 0.0, False, scale=scale)
     seen, seen_lse = seen.reshape(batch, heads, n, dim), seen_lse.reshape(batch, heads, n, 1)
     own_key = key[:, :, past:].repeat_interleave(heads // key_heads, dim=1)
@@ -63,11 +67,12 @@ def _attention(
 
     n, total = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if attention_mask is None and causal and 1 < n < total:
+    if attention_mask is None and causal and (n == 1 or n < total):
         if query.shape[-1] == value.shape[-1] and kwargs.get("position_bias") is None:
             return past_and_own(query, key, value, scale=scaling).transpose(1, 2).contiguous(), None
         # The mask that the mask function below left out for the sake of the fast path.
-        attention_mask = torch.ones(n, total, dtype=torch.bool, device=query.device).tril(total - n)[None, None]
+        if n > 1:
+            attention_mask = torch.ones(n, total, dtype=torch.bool, device=query.device).tril(total - n)[None, None]
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
     )
