@@ -2,6 +2,7 @@
 
     python scripts/bench_perplexity.py                                    # SmolLM2, the longest speech, 4096 and 512
     python scripts/bench_perplexity.py --tokens 8192 --repeats 1          # a prefix of it
+    python scripts/bench_perplexity.py --only sliding --dtype float32     # the number, as exactly as can be
     python scripts/bench_perplexity.py --text book.txt --model path/to/model
 
 The usual script is the loop of Hugging Face's perplexity guide: `model(input_ids, labels=...)` for each window, with
@@ -32,6 +33,7 @@ from typing import Any
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TARGETS = {"difference": 1e-4, "time": 0.95, "memory": 0.5, "single pass": 1.1}
 CHUNK = 4096
+FORMS = ("sliding", "single_pass")
 
 
 def main() -> None:
@@ -43,15 +45,22 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--stride", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=FORMS, action="append", help="a form; default both")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-child", choices=["ours", "usual", "single"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_child:
         print(json.dumps(memory(arguments)))
         return
-    bench(arguments)
+    parts = {"sliding": (bench_sliding, sliding_memory), "single_pass": (bench_single, single_memory)}
+    model, job = load(arguments)
+    chosen = [parts[form] for form in arguments.only or FORMS]
+    for bench, _ in chosen:
+        bench(arguments, model, job)
+    del model, job
     if not arguments.no_memory:
-        report_memory(arguments)
+        for _, report in chosen:
+            report(arguments)
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -119,32 +128,46 @@ def timed(function: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
     return (time.perf_counter() - began[0], time.process_time() - began[1]), value
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    model, job = load(arguments)
+def bench_sliding(arguments: argparse.Namespace, model: Any, job: Any) -> None:
     window, stride = arguments.window, arguments.stride
-    sliding, single = job(window=window, stride=stride), job(form="single_pass")
-    ids = sliding.documents[0].ids
+    ready = job(window=window, stride=stride)
+    ids = ready.documents[0].ids
     prefill(model, ids[:256])
-    found: dict[str, list[tuple[float, float]]] = {"ours": [], "usual": [], "single": [], "prefill": []}
+    ours, theirs = [], []
     for _ in range(arguments.repeats):
-        seconds, row = timed(lambda: measure(sliding))
-        found["ours"].append(seconds)
+        seconds, row = timed(lambda: measure(ready))
+        ours.append(seconds)
         seconds, expected = timed(lambda: usual(model, ids, window, stride))
-        found["usual"].append(seconds)
-        seconds, whole = timed(lambda: measure(single))
-        found["single"].append(seconds)
-        found["prefill"].append(timed(lambda: prefill(model, ids[:-1]))[0])
+        theirs.append(seconds)
     loss = row["nll"] / row["tokens_scored"]
     difference = abs(math.exp(loss - expected) - 1)
-    print(f"{arguments.model}, {model.dtype}, {sliding.documents[0].name}: {len(ids):,} tokens")
-    print(f"  window {window:,}, stride {stride:,}: {row['windows']} windows, {arguments.repeats} rounds")
+    print(title(arguments, model, ready))
+    print(f"  window {window:,}, stride {stride:,}: {row['windows']} windows")
     print(f"  perplexity {math.exp(loss):.5f}, usual script {math.exp(expected):.5f}", end="")
     exact = str(model.dtype) == "torch.float32"
     print(f"  relative difference {difference:.1e}{verdict('difference', difference) if exact else ''}")
-    report_time("sliding", found["ours"], "usual script", found["usual"], "time")
-    print(f"  single pass: perplexity {math.exp(whole['nll'] / whole['tokens_scored']):.5f}; first", end=" ")
-    print(", ".join(f"{e['length']:,}: {math.exp(e['nll'] / e['tokens']):.3f}" for e in whole["by_context"]))
-    report_time("single pass", found["single"], "bare prefill", found["prefill"], "single pass")
+    report_time("sliding", ours, "usual script", theirs, "time")
+
+
+def bench_single(arguments: argparse.Namespace, model: Any, job: Any) -> None:
+    ready = job(form="single_pass")
+    ids = ready.documents[0].ids
+    prefill(model, ids[:256])
+    ours, bare = [], []
+    for _ in range(arguments.repeats):
+        seconds, row = timed(lambda: measure(ready))
+        ours.append(seconds)
+        bare.append(timed(lambda: prefill(model, ids[:-1]))[0])
+    print(title(arguments, model, ready))
+    print(f"  single pass: perplexity {math.exp(row['nll'] / row['tokens_scored']):.5f}; first", end=" ")
+    print(", ".join(f"{e['length']:,}: {math.exp(e['nll'] / e['tokens']):.3f}" for e in row["by_context"]))
+    report_time("single pass", ours, "bare prefill", bare, "single pass")
+
+
+def title(arguments: argparse.Namespace, model: Any, job: Any) -> str:
+    (document,) = job.documents
+    about = f"{arguments.model}, {model.dtype}, {document.name}: {len(document.ids):,} tokens"
+    return f"{about}, {arguments.repeats} rounds"
 
 
 def report_time(
@@ -201,9 +224,7 @@ def child(arguments: argparse.Namespace, way: str, tokens: int | None) -> dict[s
     return sizes
 
 
-def report_memory(arguments: argparse.Namespace) -> None:
-    import numpy as np
-
+def sliding_memory(arguments: argparse.Namespace) -> None:
     # Two windows tell the peak of a hundred: each begins afresh.
     prefix = min(arguments.tokens or math.inf, arguments.window + 2 * arguments.stride)
     ours, theirs = (child(arguments, way, int(prefix)) for way in ("ours", "usual"))
@@ -211,6 +232,11 @@ def report_memory(arguments: argparse.Namespace) -> None:
     added = (ours["peak"] - ours["before"]) / (theirs["peak"] - theirs["before"])
     print(f"  peak memory: sliding {mib(ours['peak'])}, usual script {mib(theirs['peak'])}: {ratio:.2f} x", end="")
     print(f"{verdict('memory', ratio)}; added: {added:.2f} x", flush=True)
+
+
+def single_memory(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     total = child(arguments, "single", arguments.tokens)
     parts = [child(arguments, "single", total["tokens"] * k // 4) for k in (1, 2, 3)] + [total]
     lengths = np.asarray([part["tokens"] for part in parts])

@@ -71,6 +71,15 @@ class Launch:
         return {"processes": self.ranks.world_size, "context_parallel": self.context}
 
 
+def as_launched(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Recipe:
+    """The recipe with `train.sharding` as accelerate's launcher was asked for it, where the recipe leaves it open."""
+    if recipe.train.sharding is not None:
+        return recipe
+    asked = (sharding for sharding, name in _ASKED_BY.items() if _says_yes(environment.get(name)))
+    train = recipe.train.model_copy(update={"sharding": next(asked, "none")})
+    return recipe.model_copy(update={"train": train})
+
+
 def find_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Launch:
     """Join the other processes of the launch, and hold what is there against the recipe and the launcher's words.
 
@@ -79,7 +88,7 @@ def find_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> 
             for sharding that the launch does not give, or the reverse; or `train.context_parallel` does not divide it.
         DependencyError: several processes, and accelerate is not installed.
     """
-    train = recipe.train
+    train = as_launched(recipe, environment).train
     for sharding, name in _ASKED_BY.items():
         if _says_yes(environment.get(name)) and train.sharding != sharding:
             raise UsageError(

@@ -199,7 +199,8 @@ class TrainSection(Section):
         save_every, keep: steps between checkpoints, and how many of the last stay.
         context_parallel: processes that share one sequence.
         context_mode: "all_gather" (keys and values) or "ulysses" (heads).
-        sharding: "none", "fsdp2" or "zero3"; what the launch gives must be what is asked for here.
+        sharding: "none", "fsdp2" or "zero3"; what the launch gives must be what is asked for here. None is what the
+            launch asks for.
         processes: that the launch must have started; None takes what is there.
         report_to: trackers, as in TrainingArguments.
     """
@@ -229,7 +230,7 @@ class TrainSection(Section):
     keep: Annotated[int, Field(ge=1)] = 2
     context_parallel: Annotated[int, Field(ge=1)] = 1
     context_mode: Literal["all_gather", "ulysses"] = "all_gather"
-    sharding: Literal["none", "fsdp2", "zero3"] = "none"
+    sharding: Literal["none", "fsdp2", "zero3"] | None = None
     processes: Annotated[int, Field(ge=1)] | None = None
     report_to: list[str] = []
 

@@ -14,7 +14,7 @@ from ropepatch.errors import DependencyError, ModelLoadError
 from ropepatch.evaluation.progress import say
 from ropepatch.training.checks import check, check_machine
 from ropepatch.training.folder import CHECKPOINTS, TrainingFolder
-from ropepatch.training.launch import Launch, find_launch
+from ropepatch.training.launch import Launch, as_launched, find_launch
 from ropepatch.training.recipe import Recipe
 
 # A rehearsal is about what fails, not about how long windows are.
@@ -63,6 +63,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = True, progress: bool =
     """
     _require_packages()
     output = Path(output)
+    recipe = as_launched(recipe)
     launch = find_launch(recipe)
     check(recipe, processes=launch.ranks.world_size)
     check_machine(recipe)

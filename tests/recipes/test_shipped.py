@@ -102,7 +102,7 @@ def test_the_shipped_families() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_go_together(name: str) -> None:
     recipe = load_recipe(name)
-    check(recipe, processes=8 if recipe.train.sharding != "none" else 1)
+    check(recipe, processes=1 if recipe.train.sharding is None else 8)
     assert 0 < len(recipe.description) <= 200
     assert {run.suite for run in recipe.eval.runs} >= {"perplexity"}
     # A model of 2.2M weights finds no keys.

@@ -11,7 +11,7 @@ from training_runs import recipe
 
 from ropepatch.errors import UsageError
 from ropepatch.evaluation.sharding import Ranks
-from ropepatch.training.launch import Launch, check_accelerator, find_launch
+from ropepatch.training.launch import Launch, as_launched, check_accelerator, find_launch
 
 HERE = Path("model")
 
@@ -41,8 +41,15 @@ def test_a_launch_of_several_that_started_one_is_refused() -> None:
         ({"train__processes": 2}, {}, "another number of processes.*torchrun --nproc_per_node 2"),
         ({"train__context_parallel": 2}, {}, r"context_parallel must divide.*torchrun --nproc_per_node 2"),
         ({"train__sharding": "fsdp2"}, {}, r"needs several processes.*fsdp2\.yaml"),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp2 and the recipe for train\.sharding=none"),
-        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for zero3"),
+        (
+            {"train__sharding": "none"},
+            {"ACCELERATE_USE_FSDP": "true"},
+            r"asks for fsdp2 and the recipe for train\.sharding=none",
+        ),
+        ({"train__sharding": "none"}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for zero3"),
+        # Left open, it is what the launch asks for, and held against what is there.
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, r"sharding=fsdp2 needs several processes.*fsdp2\.yaml"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, r"sharding=zero3 needs several processes"),
         ({"train__sharding": "zero3"}, {"ACCELERATE_USE_FSDP": "1"}, "asks for fsdp2"),
         ({}, {"PARALLELISM_CONFIG_CP_SIZE": "2"}, r"CP_SIZE.*train\.context_parallel"),
     ],
@@ -52,6 +59,24 @@ def test_what_was_asked_and_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=f"(?i){message}"):
         find_launch(recipe(HERE, **settings), environment)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "wanted"),
+    [
+        (None, {}, "none"),
+        (None, {"ACCELERATE_USE_FSDP": "true"}, "fsdp2"),
+        (None, {"ACCELERATE_USE_DEEPSPEED": "1", "ACCELERATE_USE_FSDP": "false"}, "zero3"),
+        ("none", {"ACCELERATE_USE_FSDP": "true"}, "none"),
+        ("fsdp2", {}, "fsdp2"),
+    ],
+)
+def test_sharding_that_the_recipe_leaves_open_is_the_launchs(
+    given: str | None, environment: dict[str, str], wanted: str
+) -> None:
+    asked = recipe(HERE, train__sharding=given)
+    assert as_launched(asked, environment).train.sharding == wanted
+    assert asked.train.sharding == given
 
 
 def accelerator(name: str, version: int | None = None) -> Any:

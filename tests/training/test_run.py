@@ -230,13 +230,32 @@ def test_a_rehearsal_keeps_nothing(tiny_model_folder: Path, tmp_path: Path, monk
     assert sorted(path for path in tiny_model_folder.parent.rglob("*") if "tokens" not in path.parts) == before
 
 
-def launched(processes: int, asked: Recipe, output: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m ropepatch.training` under torchrun, on CPU processes."""
+def test_a_tracker_gets_the_loss_of_every_step(tiny_model_folder: Path, tmp_path: Path) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the package tensorboard"
+    )
+    output = tmp_path / "run"
+    train(recipe(tiny_model_folder, train__report_to=["tensorboard"]), output, progress=False)
+    (folder,) = {file.parent for file in output.rglob("events.out.tfevents.*")}
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(output), rel=1e-6)
+
+
+def launched(
+    processes: int, asked: Recipe, output: Path, *, accelerate: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m ropepatch.training` under torchrun, or under one of our accelerate files, on CPU processes."""
     from ropepatch.training.reading import dump
 
     file = output.parent / f"{output.name}.yaml"
     file.write_text(dump(asked))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if accelerate is not None:
+        place = Path(__file__).parents[2] / "recipes" / "accelerate" / accelerate
+        words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(place)]
+        words += ["--num_processes", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*words, "-m", "ropepatch.training", str(file), "--output", str(output)],
@@ -269,3 +288,18 @@ def test_two_processes_train_as_one(
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_accelerates_file_alone_asks_for_sharding(tiny_model_folder: Path, tmp_path: Path) -> None:
+    asked = recipe(tiny_model_folder)
+    assert asked.train.sharding is None
+    train(asked, tmp_path / "one", progress=False)
+    done = launched(2, asked, tmp_path / "two", accelerate="fsdp2.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sharding: fsdp2" in (tmp_path / "two" / "recipe.yaml").read_text()
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=0)
+    # Asked for in words, no sharding is not what this file gives.
+    refused = launched(2, recipe(tiny_model_folder, train__sharding="none"), tmp_path / "no", accelerate="fsdp2.yaml")
+    assert refused.returncode != 0
+    assert "asks for fsdp2 and the recipe for train.sharding=none" in " ".join(refused.stderr.split())
