@@ -50,6 +50,7 @@ class PerplexityJob:
 
     Raises:
         PromptError: a document cannot be read, or has nothing to score.
+        OptionError: fewer documents than are asked for.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: PerplexitySuite, *, chunk_size: int | None = None) -> None:
@@ -59,6 +60,11 @@ class PerplexityJob:
         documents = (
             default_documents() if settings.text is None else read_documents(settings.text, tokens=settings.max_tokens)
         )
+        if settings.documents is not None and settings.documents > len(documents):
+            raise OptionError(
+                "there are not so many documents", given=settings.documents, allowed=f"1..{len(documents)}"
+            )
+        documents = documents[: settings.documents]
         encoder = TextEncoder(tokenizer)
         self._identities = [document.identity for document in documents]
         self.documents = [tokenise(d, encoder, bos=settings.bos, most=settings.max_tokens) for d in documents]

