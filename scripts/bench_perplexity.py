@@ -128,17 +128,23 @@ def timed(function: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
     return (time.perf_counter() - began[0], time.process_time() - began[1]), value
 
 
+def rounds(
+    number: int, ours: Callable[[], Any], other: Callable[[], Any]
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]], Any, Any]:
+    """The times of both ways, one after the other in every round, and what each made of the last."""
+    pairs = [(timed(ours), timed(other)) for _ in range(number)]
+    (_, own), (_, rival) = pairs[-1]
+    return [a for (a, _), _ in pairs], [b for _, (b, _) in pairs], own, rival
+
+
 def bench_sliding(arguments: argparse.Namespace, model: Any, job: Any) -> None:
     window, stride = arguments.window, arguments.stride
     ready = job(window=window, stride=stride)
     ids = ready.documents[0].ids
     prefill(model, ids[:256])
-    ours, theirs = [], []
-    for _ in range(arguments.repeats):
-        seconds, row = timed(lambda: measure(ready))
-        ours.append(seconds)
-        seconds, expected = timed(lambda: usual(model, ids, window, stride))
-        theirs.append(seconds)
+    ours, theirs, row, expected = rounds(
+        arguments.repeats, lambda: measure(ready), lambda: usual(model, ids, window, stride)
+    )
     loss = row["nll"] / row["tokens_scored"]
     difference = abs(math.exp(loss - expected) - 1)
     print(title(arguments, model, ready))
@@ -153,11 +159,7 @@ def bench_single(arguments: argparse.Namespace, model: Any, job: Any) -> None:
     ready = job(form="single_pass")
     ids = ready.documents[0].ids
     prefill(model, ids[:256])
-    ours, bare = [], []
-    for _ in range(arguments.repeats):
-        seconds, row = timed(lambda: measure(ready))
-        ours.append(seconds)
-        bare.append(timed(lambda: prefill(model, ids[:-1]))[0])
+    ours, bare, row, _ = rounds(arguments.repeats, lambda: measure(ready), lambda: prefill(model, ids[:-1]))
     print(title(arguments, model, ready))
     print(f"  single pass: perplexity {math.exp(row['nll'] / row['tokens_scored']):.5f}; first", end=" ")
     print(", ".join(f"{e['length']:,}: {math.exp(e['nll'] / e['tokens']):.3f}" for e in row["by_context"]))
