@@ -137,7 +137,7 @@ def check_accelerator(recipe: Recipe, accelerator: Any) -> None:
         UsageError: it shards another way than the recipe says, or not at all.
     """
     found = accelerator.state.distributed_type.name
-    wanted = _SHARDED_BY.get(recipe.train.sharding)
+    wanted = _SHARDED_BY.get(recipe.train.sharding or "none")
     if found != wanted if wanted is not None else found in _SHARDING:
         raise UsageError(
             f"the recipe asks for train.sharding={recipe.train.sharding}, and the launch gives another way",
