@@ -13,11 +13,13 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
 TYPES = {"cpu": "MULTI_GPU", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED", "context_parallel": "MULTI_GPU"}
 
+# One write a line: the processes share a pipe.
 WHO = """
+import sys
 import torch
 from accelerate import PartialState
 state = PartialState(cpu=not torch.cuda.is_available())
-print("process", state.process_index, "of", state.num_processes)
+sys.stdout.write(f"process {state.process_index} of {state.num_processes}\\n")
 """
 
 
