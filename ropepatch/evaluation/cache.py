@@ -51,7 +51,7 @@ class Reader:
         self._unmasked = unmasked
         self.on_tokens: Callable[[int, int], None] = unheard
         self._last_rows_only = "logits_to_keep" in parameters
-        if any((owner := vars(module).get(OWNER)) is not None and owner.keep for module in model.modules()):
+        if lets_go(model):
             raise NoReuseError(
                 "its patch lets the cache go of tokens, so it cannot be cut back (truncate=false keeps them)"
             )
@@ -108,6 +108,11 @@ class Reader:
         sizes = [head // count + (i < head % count) for i in range(count)] if count else [0]
         sizes[-1] += keep
         return sizes
+
+
+def lets_go(model: nn.Module) -> bool:
+    """Whether its patch lets the cache go of tokens that can never be seen again."""
+    return any((owner := vars(module).get(OWNER)) is not None and owner.keep for module in model.modules())
 
 
 def unheard(*_: int) -> None:

@@ -105,7 +105,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
             yield "model.quantization freezes the weights, and lora is null: set lora, or leave quantization out"
         elif recipe.lora.merge:
             yield "model.quantization and lora.merge: quantized weights take no merge; merge into the full model later"
-        if recipe.train.sharding not in (None, "none"):
+        if recipe.train.sharded:
             yield f"model.quantization and train.sharding={recipe.train.sharding}: shard full weights, or quantize"
     if model.dtype in ("float16", "bfloat16") and recipe.train.precision == "float32":
         yield f"model.dtype={model.dtype} and train.precision=float32: store float32 weights, or set precision to bf16"
@@ -142,8 +142,7 @@ def _patch(recipe: Recipe) -> Iterator[str]:
             parse_options(method, options)
         except RopepatchError as error:
             yield f"{place}: {_text(error)}"
-    sharded = recipe.train.sharding not in (None, "none")
-    if method.seam == "attention" and sharded and any(stage.options for stage in stages):
+    if method.seam == "attention" and recipe.train.sharded and any(stage.options for stage in stages):
         yield (
             f"train.stages with options and train.sharding={recipe.train.sharding}: a sharded model cannot be patched "
             "again on the attention seam; give each stage a run of its own"

@@ -121,7 +121,7 @@ def find_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> 
             allowed=f"a divisor of {there}",
             hint=f"launch with: torchrun --nproc_per_node {train.context_parallel} -m ropepatch.training RECIPE",
         )
-    if train.sharding != "none" and there == 1:
+    if train.sharded and there == 1:
         raise UsageError(
             f"train.sharding={train.sharding} needs several processes, and the launch started one",
             hint=f"launch with: accelerate launch --config_file recipes/accelerate/{train.sharding}.yaml "

@@ -234,6 +234,11 @@ class TrainSection(Section):
     processes: Annotated[int, Field(ge=1)] | None = None
     report_to: list[str] = []
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are asked to be shared out over processes."""
+        return self.sharding not in (None, "none")
+
 
 class EvalRun(Section):
     """One suite of `ropepatch eval`, with settings in place of its own."""

@@ -151,6 +151,18 @@ def test_versions_in_the_patch_record_do_not_make_another_configuration(tmp_path
     RunFolder.open(tmp_path, newer).close()
 
 
+def test_a_text_elsewhere_is_the_same_text(tmp_path: Path) -> None:
+    def of(*texts: tuple[str, str]) -> dict[str, Any]:
+        return {**CONFIGURATION, "text": [{"path": path, "sha256": digest} for path, digest in texts]}
+
+    RunFolder.open(tmp_path, of(("/here/a.txt", "aa"), ("/here/b.txt", "bb"))).close()
+    RunFolder.open(tmp_path, of(("/there/a.txt", "aa"), ("b.txt", "bb"))).close()
+    with pytest.raises(OutputConflictError, match=r'text\.1\.sha256 is "bb" there and "cc" here'):
+        RunFolder.open(tmp_path, of(("/here/a.txt", "aa"), ("/here/b.txt", "cc")))
+    with pytest.raises(OutputConflictError, match="text is"):
+        RunFolder.open(tmp_path, of(("/here/a.txt", "aa")))
+
+
 def test_a_folder_with_foreign_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("mine")
     with pytest.raises(OutputConflictError, match=r"summary\.json but no run\.json"):

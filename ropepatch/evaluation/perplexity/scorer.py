@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ropepatch.attention.growing import growing_layer
 from ropepatch.errors import RopepatchError, UnsupportedModelError
-from ropepatch.evaluation.cache import forward_parameters, input_device, unheard, vocabulary_size
+from ropepatch.evaluation.cache import forward_parameters, input_device, lets_go, unheard, vocabulary_size
 from ropepatch.evaluation.limits import check_length, length_dependent_rope
 from ropepatch.evaluation.perplexity.loss import Losses, token_losses
 from ropepatch.evaluation.pieces import PROBE, fastest_way
@@ -198,10 +199,15 @@ def buckets(positions: np.ndarray, nll: np.ndarray, width: int) -> list[dict[str
 
 
 def _cache(model: nn.Module) -> Any:
-    """An empty cache of the kind that the model makes for itself: windowed layers keep their window only."""
+    """An empty cache of the kind that the model makes for itself: windowed layers keep their window only, and a patch
+    may let go of tokens. Layers that keep all grow in place."""
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    return DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
+    if not lets_go(model):
+        cache.layers = [growing_layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _row(ids: Ids, device: torch.device) -> torch.Tensor:
