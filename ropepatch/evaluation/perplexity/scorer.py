@@ -21,8 +21,8 @@ from ropepatch.evaluation.plain import full_logits
 from ropepatch.evaluation.prompt import Ids
 from ropepatch.families import host_of
 
-LOGIT_BYTES = 2**27
-"""Most logits at once: 128 MiB. A vocabulary of 49,152 gives 682 rows in float32, 1,365 in bfloat16."""
+LOGIT_BYTES = 2**26
+"""Most logits at once: 64 MiB. A vocabulary of 49,152 gives 341 rows in float32, 682 in bfloat16."""
 
 _MASK_ELEMENTS = 2**24
 
