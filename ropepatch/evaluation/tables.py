@@ -1,6 +1,7 @@
 """A comparison as text: for the terminal and as Markdown.
 
-Up to four runs stand side by side, a line for each length. More stand one below the other, a column for each length.
+Up to four runs stand side by side, a line for each length. More stand one below the other, a column for each length,
+and their differences to the base in a table of their own.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Lines(NamedTuple):
 
 
 def lines(comparison: Comparison) -> list[Lines]:
-    """The tables of a comparison: all tasks together, then the single tasks where they fit."""
+    """The tables of a comparison: all tasks together; then the single tasks where they fit, else the differences."""
     if len(comparison.runs) > MOST_COLUMNS:
-        return [_runs_below_each_other(comparison)]
+        return [_runs_below_each_other(comparison), _differences(comparison)]
     tables = [_runs_side_by_side(comparison)]
     if comparison.task_parts:
         tables.append(_single_tasks(comparison))
@@ -143,6 +144,17 @@ def _runs_below_each_other(comparison: Comparison) -> Lines:
     return Lines(title, headings, body, numbers_first=False)
 
 
+def _differences(comparison: Comparison) -> Lines:
+    body = [
+        [run.heading, *(_difference(comparison.row(run.name, part), comparison) for part in comparison.parts)]
+        for run in comparison.runs
+        if run.name != comparison.base
+    ]
+    unit = " in nats per token" if comparison.measure == "loss" else ""
+    title = f"difference to {comparison.base}{unit}, [95 % interval], * more than chance"
+    return Lines(title, [f"difference to {comparison.base}", *map(str, comparison.parts)], body, numbers_first=False)
+
+
 def _single_tasks(comparison: Comparison) -> Lines:
     body = [
         [f"{part.task}", str(part)]
@@ -160,10 +172,18 @@ def _whole(row: ComparisonRow | None, comparison: Comparison) -> str:
     own = f"{score(row, comparison.measure)} n={row.n}"
     if row.difference is None:
         return own
-    places = 2 if comparison.measure == "accuracy" else 3
-    bounds = difference_interval(row, places)
     shared = "" if row.shared == row.n else f"\n({row.shared} shared)"
-    return f"{own}\n{row.difference:+z.{places}f}{bounds} p={row.p_adjusted:.2g}{_star(row)}{shared}"
+    return f"{own}\n{_with_interval(row, comparison)} p={row.p_adjusted:.2g}{_star(row)}{shared}"
+
+
+def _difference(row: ComparisonRow | None, comparison: Comparison) -> str:
+    """A run's cell in the table of differences."""
+    return NOTHING if row is None or row.difference is None else _with_interval(row, comparison) + _star(row)
+
+
+def _with_interval(row: ComparisonRow, comparison: Comparison) -> str:
+    places = 2 if comparison.measure == "accuracy" else 3
+    return f"{row.difference:+z.{places}f}{difference_interval(row, places)}"
 
 
 def _brief(row: ComparisonRow | None, measure: Measure) -> str:

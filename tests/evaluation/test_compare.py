@@ -226,9 +226,21 @@ def many(tmp_path: Path, runs: int = 6) -> list[Path]:
 def test_many_runs_stand_below_each_other(tmp_path: Path) -> None:
     lines = compare(many(tmp_path)).to_markdown().splitlines()
     assert lines[0] == "| run | 32 | 64 | 128 | effective | self-relative |"
-    assert len(lines) == 2 + 6
     assert lines[2].startswith("| run0: unpatched (base) | 0.00 [0.00, 0.39] |")
     assert lines[4].endswith("| 64 | 64 |")
+    # Then the differences, of all but the base.
+    assert lines[9] == "| difference to run0 | 32 | 64 | 128 |"
+    assert [line.split(":")[0] for line in lines[11:]] == [f"| run{k}" for k in range(1, 6)]
+
+
+def test_differences_of_many_runs_are_those_of_two(tmp_path: Path) -> None:
+    losses = [[[3.0, 2.0], [4.0, 3.0 + k / 10]] for k in range(5)]
+    runs = [make_loss_run(tmp_path / f"run{k}", loss) for k, loss in enumerate(losses)]
+    lines = compare(runs).to_markdown().splitlines()
+    cells = next(line for line in reversed(lines) if line.startswith("| run4")).split(" | ")
+    of_two = compare([runs[0], runs[4]]).to_markdown()
+    assert cells[1].startswith("+0.100 [")
+    assert all(cell.strip(" |") in of_two for cell in cells[1:])
 
 
 def test_stars_mark_what_is_left_after_holm(tmp_path: Path) -> None:
