@@ -80,7 +80,7 @@ def measure_pace(
 
 def announcement(trials: int, tokens: int, seconds: float) -> str:
     """What is about to be computed, in one line."""
-    return f"{trials:,} trials, {tokens:,} tokens to compute: {about(seconds)}"
+    return f"{trials:,} trial{'' if trials == 1 else 's'}, {tokens:,} tokens to compute: {about(seconds)}"
 
 
 def about(seconds: float) -> str:

@@ -97,6 +97,7 @@ def test_no_false_precision(seconds: float, words: str) -> None:
 
 def test_the_line() -> None:
     assert announcement(30, 123456, 700) == "30 trials, 123,456 tokens to compute: about 10 minutes"
+    assert announcement(1, 123456, 700).startswith("1 trial, ")
 
 
 def _job(net: Any) -> RetrievalJob:
