@@ -7,14 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ropepatch.errors import RecordError, UsageError
 from ropepatch.evaluation.comparison import Comparison as Comparison
 from ropepatch.evaluation.comparison import ComparisonRow as ComparisonRow
 from ropepatch.evaluation.comparison import Part
 from ropepatch.evaluation.comparison import Run as Run
-from ropepatch.evaluation.folder import RUN, Row, read_rows, suite_of
+from ropepatch.evaluation.folder import RUN, Row, differences, read_rows, suite_of
 from ropepatch.evaluation.scoring import wilson_interval
 from ropepatch.evaluation.statistics import (
     Interval,
@@ -112,9 +112,10 @@ def _check_comparable(first: Run, other: Run) -> None:
         raise refuse(f"they ran different tasks ({tasks[0]} and {tasks[1]})")
     base, own = _by_place(first.rows), _by_place(other.rows)
     if first.measure == "loss":
-        texts = [_without_paths(run.configuration.get("text")) for run in (first, other)]
-        if texts[0] != texts[1] or not base.keys() & own.keys():
-            raise refuse("they read different texts" if texts[0] != texts[1] else "they share no document")
+        if any(differences(first.configuration.get("text"), other.configuration.get("text"))):
+            raise refuse("they read different texts")
+        if not base.keys() & own.keys():
+            raise refuse("they share no document")
         return
     lengths = [sorted({row["length"] for row in run.rows}) for run in (first, other)]
     if not set(lengths[0]) & set(lengths[1]):
@@ -237,13 +238,6 @@ def _adjusted(rows: list[ComparisonRow]) -> list[ComparisonRow]:
         values = holm([p_value for _, p_value in tested])
         adjusted |= dict(zip((index for index, _ in tested), values, strict=True))
     return [dataclasses.replace(row, p_adjusted=adjusted.get(index)) for index, row in enumerate(rows)]
-
-
-def _without_paths(text: Any) -> Any:
-    """What a configuration says of its texts, less where they lay: their digests tell whether they are the same."""
-    if isinstance(text, list):
-        return [_without_paths(item) for item in text]
-    return {name: value for name, value in text.items() if name != "path"} if isinstance(text, dict) else text
 
 
 def _words(place: Place) -> str:

@@ -205,10 +205,10 @@ class RunFolder:
         found = read_object(run).get("configuration")
         if not isinstance(found, dict):
             raise RecordError(f"the file {run} has no configuration")
-        differences = list(_differences(found, self.configuration))
-        if differences:
+        reasons = list(differences(found, self.configuration))
+        if reasons:
             raise OutputConflictError(
-                f"the folder {self.path} belongs to another configuration: " + "; ".join(differences),
+                f"the folder {self.path} belongs to another configuration: " + "; ".join(reasons),
                 hint="choose another output folder, or repeat the command that made this one",
             )
 
@@ -281,6 +281,22 @@ def suite_of(configuration: dict[str, Any]) -> type[Suite]:
     return SUITES.get(str(configuration.get("task")))
 
 
+def differences(found: Any, asked: Any, name: str = "") -> Iterator[str]:
+    """What fixes the results and differs between two configurations, or parts of them: one sentence for each leaf.
+
+    Versions inside a patch record do not fix the results, nor does the place of a text whose digest is there.
+    """
+    if isinstance(found, dict) and isinstance(asked, dict):
+        ignored = {"versions", "path"} if "sha256" in found and "sha256" in asked else {"versions"}
+        for key in sorted((found.keys() | asked.keys()) - ignored):
+            yield from differences(found.get(key), asked.get(key), f"{name}.{key}" if name else key)
+    elif _entries(found) and _entries(asked) and len(found) == len(asked):
+        for number, pair in enumerate(zip(found, asked, strict=True)):
+            yield from differences(*pair, f"{name}.{number}")
+    elif found != asked:
+        yield f"{name} is {_brief(found)} there and {_brief(asked)} here"
+
+
 def _ordered(rows: dict[Place, Row]) -> list[Row]:
     return [rows[place] for place in sorted(rows, key=lambda place: place.order)]
 
@@ -341,20 +357,6 @@ def _run_record(configuration: dict[str, Any]) -> dict[str, Any]:
         **{name: configuration.get(name) for name in ("seed", "model", "patch")},
         "configuration": configuration,
     }
-
-
-def _differences(found: Any, asked: Any, name: str = "") -> Iterator[str]:
-    """One sentence for each leaf that differs. Versions inside a patch record do not fix the results, nor does the place
-    of a text whose digest is there."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        ignored = {"versions", "path"} if "sha256" in found and "sha256" in asked else {"versions"}
-        for key in sorted((found.keys() | asked.keys()) - ignored):
-            yield from _differences(found.get(key), asked.get(key), f"{name}.{key}" if name else key)
-    elif _entries(found) and _entries(asked) and len(found) == len(asked):
-        for number, pair in enumerate(zip(found, asked, strict=True)):
-            yield from _differences(*pair, f"{name}.{number}")
-    elif found != asked:
-        yield f"{name} is {_brief(found)} there and {_brief(asked)} here"
 
 
 def _entries(value: Any) -> bool:
