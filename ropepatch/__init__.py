@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ropepatch.evaluation import evaluate as evaluate
     from ropepatch.evaluation import evaluate_matrix as evaluate_matrix
     from ropepatch.evaluation.compare import compare as compare
+    from ropepatch.evaluation.overview import overview as overview
     from ropepatch.exporting import Exported as Exported
     from ropepatch.exporting import export as export
     from ropepatch.inspection import Inspection as Inspection
@@ -89,6 +90,7 @@ _HOMES = {
     "from_pretrained": "ropepatch.saving",
     "inspect": "ropepatch.api",
     "load_model": "ropepatch.loading",
+    "overview": "ropepatch.evaluation.overview",
     "patch": "ropepatch.api",
     "patched": "ropepatch.api",
     "record_of": "ropepatch.api",
@@ -129,6 +131,7 @@ __all__ = [
     "inspect",
     "load_model",
     "methods",
+    "overview",
     "patch",
     "patched",
     "record_of",

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ropepatch.errors import RecordError, UsageError
+from ropepatch.errors import OptionError, RecordError, UsageError, did_you_mean
 from ropepatch.evaluation.comparison import Comparison as Comparison
 from ropepatch.evaluation.comparison import ComparisonRow as ComparisonRow
 from ropepatch.evaluation.comparison import Part
@@ -38,25 +38,48 @@ class Trial(NamedTuple):
 Trials = Mapping[Place, Trial]
 
 
-def compare(folders: Sequence[str | os.PathLike[str]], *, least: int = 2) -> Comparison:
-    """Read the output folders of evaluations and set them side by side; the first is the base.
+def compare(folders: Sequence[str | os.PathLike[str]], *, base: str | None = None, least: int = 2) -> Comparison:
+    """Read the output folders of evaluations of one suite and set them side by side.
 
     Args:
         folders: as many as `least`, or more.
+        base: the run that differences are to, by its folder's name or its title; default the first.
         least: 1 to have a single run in the same form.
 
     Raises:
         UsageError: fewer than two folders, or runs that cannot be compared (other tasks, no shared length, other
             questions under the same trial numbers, other documents); the message says which and why.
+        OptionError: no run is called `base`.
         RecordError: a folder is missing, unfinished from the first trial on, or corrupt.
         DependencyError: scipy is missing, which scores other than 0 and 1 take.
+    """
+    return compare_runs(read_runs(folders, least=least), base=base)
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]], *, least: int = 2) -> list[Run]:
+    """The output folders of evaluations, of one suite or several, as runs with names of their own.
+
+    Raises:
+        UsageError: fewer than `least` folders, or one of them twice.
+        RecordError: a folder is missing, unfinished from the first trial on, or corrupt.
     """
     if len(folders) < least:
         raise UsageError("comparing takes at least two folders", given=[str(folder) for folder in folders])
     paths = [Path(folder) for folder in folders]
-    runs = [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-    for run in runs[1:]:
-        _check_comparable(runs[0], run)
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def compare_runs(runs: Sequence[Run], *, base: str | None = None) -> Comparison:
+    """`compare` of runs that were read before."""
+    first = runs[0] if base is None else find_base(runs, base)
+    for run in runs:
+        if run is not first and (reason := conflict(first, run) or _apart(first, run)):
+            raise UsageError(f"the runs {first.path} and {run.path} cannot be compared: {reason}")
+    return side_by_side(runs, first)
+
+
+def side_by_side(runs: Sequence[Run], first: Run) -> Comparison:
+    """Runs without a `conflict` as rows of one table, with differences to `first` where they share trials with it."""
     several = len({row["task"] for run in runs for row in run.rows}) > 1
     trials = {run.name: _trials(run, several) for run in runs}
     # Tasks stay in the order in which the suite has them.
@@ -64,16 +87,26 @@ def compare(folders: Sequence[str | os.PathLike[str]], *, least: int = 2) -> Com
     parts = sorted(
         {part for own in trials.values() for part in own}, key=lambda part: (tasks.index(part.task), part.length or 0)
     )
-    base = runs[0]
     rows = [
-        _row(run, part, trials[run.name][part], None if run is base else trials[base.name].get(part, {}))
+        _row(run, part, trials[run.name][part], None if run is first else trials[first.name].get(part, {}))
         for part in parts
         for run in runs
         if part in trials[run.name]
     ]
-    measure = base.measure
-    fractional = measure == "accuracy" and any(row["correct"] not in (0, 1) for run in runs for row in run.rows)
-    return Comparison(runs, _adjusted(rows), base.name, measure, fractional)
+    fractional = first.measure == "accuracy" and any(row["correct"] not in (0, 1) for run in runs for row in run.rows)
+    return Comparison(list(runs), _adjusted(rows), first.name, first.measure, fractional)
+
+
+def find_base(runs: Sequence[Run], base: str) -> Run:
+    """The run of this folder name or, where none has it, the first of this title.
+
+    Raises:
+        OptionError: there is none.
+    """
+    for run in (*(run for run in runs if run.name == base), *(run for run in runs if run.title == base)):
+        return run
+    allowed = list(dict.fromkeys(name for run in runs for name in (run.name, run.title)))
+    raise OptionError("no run is called so", given=base, allowed=allowed, hint=did_you_mean(base, allowed))
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
@@ -103,30 +136,34 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise UsageError("a folder is named twice", given=[str(path) for path in paths])
 
 
-def _check_comparable(first: Run, other: Run) -> None:
-    def refuse(reason: str) -> UsageError:
-        return UsageError(f"the runs {first.path} and {other.path} cannot be compared: {reason}")
-
+def conflict(first: Run, other: Run) -> str | None:
+    """Why two runs are not measurements of the same thing; None where they are."""
     tasks = first.summary["task"], other.summary["task"]
     if tasks[0] != tasks[1]:
-        raise refuse(f"they ran different tasks ({tasks[0]} and {tasks[1]})")
-    base, own = _by_place(first.rows), _by_place(other.rows)
+        return f"they ran different tasks ({tasks[0]} and {tasks[1]}), which ropepatch.overview takes"
     if first.measure == "loss":
-        if any(differences(first.configuration.get("text"), other.configuration.get("text"))):
-            raise refuse("they read different texts")
-        if not base.keys() & own.keys():
-            raise refuse("they share no document")
-        return
-    lengths = [sorted({row["length"] for row in run.rows}) for run in (first, other)]
-    if not set(lengths[0]) & set(lengths[1]):
-        raise refuse(f"they share no prompt length ({lengths[0]} and {lengths[1]} tokens)")
-    for place, row in own.items():
+        texts = first.configuration.get("text"), other.configuration.get("text")
+        return "they read different texts" if any(differences(*texts)) else None
+    base = _by_place(first.rows)
+    for place, row in _by_place(other.rows).items():
         if place in base and base[place].get("answer") != row.get("answer"):
-            raise refuse(
+            return (
                 f"they ask different questions: at {_words(place)} the answers are "
                 f"{base[place].get('answer')!r} and {row.get('answer')!r} (seeds {base[place].get('seed')} and "
                 f"{row.get('seed')})"
             )
+    return None
+
+
+def _apart(first: Run, other: Run) -> str | None:
+    """Why two runs have nothing in common; None where they have."""
+    if first.measure == "loss":
+        shared = _by_place(first.rows).keys() & _by_place(other.rows).keys()
+        return None if shared else "they share no document"
+    lengths = [sorted({row["length"] for row in run.rows}) for run in (first, other)]
+    if set(lengths[0]) & set(lengths[1]):
+        return None
+    return f"they share no prompt length ({lengths[0]} and {lengths[1]} tokens)"
 
 
 def _trials(run: Run, several: bool) -> dict[Part, dict[Place, Trial]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,6 +154,11 @@ class Comparison:
     fractional: bool = False
 
     @property
+    def suite(self) -> str:
+        """Name of the suite that was run."""
+        return str(self.runs[0].summary["task"])
+
+    @property
     def parts(self) -> list[Part]:
         """What all tasks together were measured at, ascending."""
         return list(dict.fromkeys(row.part for row in self.rows if row.part.task is None))
@@ -210,6 +215,18 @@ class Comparison:
             raise OptionError("unknown order of runs", given=key, allowed=allowed, hint=did_you_mean(key, allowed))
         return dataclasses.replace(self, runs=runs)
 
+    def at(self, lengths: Sequence[int]) -> Comparison:
+        """The same with these lengths only; of losses, the ranges of positions that end there. p stays as adjusted
+        for all lengths.
+
+        Raises:
+            OptionError: no run measured one of them.
+        """
+        for length in lengths:
+            if length not in self.lengths:
+                raise OptionError("no run measured this length", given=length, allowed=self.lengths)
+        return dataclasses.replace(self, rows=[row for row in self.rows if row.length in lengths])
+
     def explanation(self) -> str:
         """How to read the table, in one paragraph."""
         return " ".join(_explain(self))
@@ -238,15 +255,15 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Pipe tables: up to four runs as columns, more as rows."""
-        from ropepatch.evaluation.tables import markdown
+        from ropepatch.evaluation.tables import lines, markdown
 
-        return markdown(self)
+        return markdown(lines(self))
 
     def table(self) -> RenderableType:
         """The same for the terminal, as a rich renderable."""
-        from ropepatch.evaluation.tables import terminal
+        from ropepatch.evaluation.tables import lines, terminal
 
-        return terminal(self)
+        return terminal(lines(self))
 
 
 def perplexity(loss: float | None) -> float | None:

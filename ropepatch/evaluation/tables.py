@@ -1,17 +1,20 @@
 """A comparison as text: for the terminal and as Markdown.
 
 Up to four runs stand side by side, a line for each length. More stand one below the other, a column for each length,
-and their differences to the base in a table of their own.
+and their differences to the base in a table of their own. Of several suites, a row is a setting.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ropepatch.evaluation.comparison import Comparison, ComparisonRow, Measure, Run, perplexity
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from ropepatch.evaluation.overview import Column, Overview
 
 MOST_COLUMNS = 4
 """So many runs fit side by side."""
@@ -47,9 +50,44 @@ def lines(comparison: Comparison) -> list[Lines]:
     return tables
 
 
-def markdown(comparison: Comparison) -> str:
+def overview_lines(overview: Overview) -> list[Lines]:
+    """The tables of several suites: scores, and differences to the base where there are some."""
+    scores = [
+        [
+            setting + (" (base)" if setting == overview.base else ""),
+            *(_overview_score(overview, setting, column) for column in overview.columns),
+        ]
+        for setting in overview.settings
+    ]
+    headings = ["setting", *(column.heading for column in overview.columns)]
+    title = f"accuracy or perplexity, [95 % interval], * differs from {overview.base}"
+    tables = [Lines(title, headings, scores, numbers_first=False)]
+    differing = overview.differing
+    if differing:
+        others = [setting for setting in overview.settings if setting != overview.base]
+        cells = [
+            [setting, *(difference(overview.row(setting, column), column.comparison) for column in differing)]
+            for setting in others
+        ]
+        to_base = f"difference to {overview.base}"
+        title = f"{to_base} (perplexity: in nats per token), [95 % interval], * more than chance"
+        body = [line for line in cells if set(line[1:]) != {NOTHING}]
+        headings = [to_base, *(column.heading for column in differing)]
+        tables.append(Lines(title, headings, body, numbers_first=False))
+    return tables
+
+
+def _overview_score(overview: Overview, setting: str, column: Column) -> str:
+    row = overview.row(setting, column)
+    if row is None:
+        return NOTHING
+    mark = _star(row) if overview.has_base(column.comparison) else ""
+    return score(row, column.comparison.measure) + mark
+
+
+def markdown(tables: Sequence[Lines]) -> str:
     """Pipe tables."""
-    return "\n".join(map(pipe_table, lines(comparison)))
+    return "\n".join(map(pipe_table, tables))
 
 
 def pipe_table(table: Lines) -> str:
@@ -66,14 +104,14 @@ def markdown_cell(text: str) -> str:
     return text
 
 
-def terminal(comparison: Comparison) -> RenderableType:
+def terminal(contents: Sequence[Lines]) -> RenderableType:
     """rich tables."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     tables = []
-    for content in lines(comparison):
+    for content in contents:
         table = Table(title=content.title, show_lines=any("\n" in cell for line in content.body for cell in line))
         for number, heading in enumerate(content.headings):
             table.add_column(Text(heading), justify="right" if content.numbers_first and not number else "left")
@@ -146,7 +184,7 @@ def _runs_below_each_other(comparison: Comparison) -> Lines:
 
 def _differences(comparison: Comparison) -> Lines:
     body = [
-        [run.heading, *(_difference(comparison.row(run.name, part), comparison) for part in comparison.parts)]
+        [run.heading, *(difference(comparison.row(run.name, part), comparison) for part in comparison.parts)]
         for run in comparison.runs
         if run.name != comparison.base
     ]
@@ -176,8 +214,8 @@ def _whole(row: ComparisonRow | None, comparison: Comparison) -> str:
     return f"{own}\n{_with_interval(row, comparison)} p={row.p_adjusted:.2g}{_star(row)}{shared}"
 
 
-def _difference(row: ComparisonRow | None, comparison: Comparison) -> str:
-    """A run's cell in the table of differences."""
+def difference(row: ComparisonRow | None, comparison: Comparison) -> str:
+    """A run's cell in the table of differences: "+0.12 [+0.03, +0.21]", and a mark where it is more than chance."""
     return NOTHING if row is None or row.difference is None else _with_interval(row, comparison) + _star(row)
 
 

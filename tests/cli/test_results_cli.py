@@ -83,6 +83,34 @@ def test_compare_sorts_and_keeps_the_base(folders: list[Path]) -> None:
     assert document["base"] == "base"
 
 
+def test_compare_takes_another_base_and_some_lengths(folders: list[Path]) -> None:
+    document = json.loads(run("compare", *folders, "--base", "longer", "--lengths", "128", "--json").stdout)
+    assert document["base"] == "longer"
+    assert [(row["run"], row["length"], row["difference"]) for row in document["rows"]] == [
+        ("base", 128, -1.0),
+        ("longer", 128, None),
+    ]
+
+
+def test_compare_of_several_suites_is_one_table(folders: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with RunFolder.open(other, {"task": "needle", "seed": 0, "model": "tiny", "patch": None}) as folder:
+        folder.append(
+            {"task": "needle", "length": 64, "depth": 0.5, "trial": 0, "seed": 0}
+            | {"answer": "12345", "output": "1", "correct": 0.0}
+        )
+    several = (folders[0], other)
+    table = run("compare", *several)
+    assert table.exit_code == 0
+    assert "needle 64 (n=1)" in table.stdout
+    assert "A row is a setting" in table.stdout
+    assert run("compare", *several, "--markdown").stdout.startswith("| setting | passkey 64 (n=4) |")
+    assert run("compare", *several, "--card").stdout.count("```bash") == 2
+    document = json.loads(run("compare", *several, "--json", "--report", tmp_path / "page.html").stdout)
+    assert [suite["suite"] for suite in document["suites"]] == ["passkey", "needle"]
+    assert "needle: Failures" in (tmp_path / "page.html").read_text()
+
+
 def test_plot_draws_curves(folders: list[Path], tmp_path: Path) -> None:
     assert run("plot", "curve", *folders, "-o", tmp_path / "a.svg").exit_code == 0
     assert "trained length 64" in (tmp_path / "a.svg").read_text()
@@ -105,6 +133,9 @@ def test_plot_draws_png_and_svg(folders: list[Path], tmp_path: Path) -> None:
         (("plot", "loss", "{base}", "--output", "{tmp}/a.png"), 2, "did not measure"),
         (("compare", "{base}"), 2, "at least two"),
         (("compare", "{base}", "{longer}", "--sort", "96"), 2, "name, effective, 64, 128"),
+        (("compare", "{base}", "{longer}", "--base", "loner"), 2, "did you mean 'longer'"),
+        (("compare", "{base}", "{longer}", "--lengths", "96"), 2, "64, 128"),
+        (("compare", "{base}", "{longer}", "--lengths", "all"), 2, "whole numbers"),
         (("compare", "{base}", "{longer}", "--card", "--json"), 2, "choose one"),
         (("compare", "{base}", "{tmp}/none"), 1, "no such folder"),
         (("compare", "{base}", "{base}"), 2, "named twice"),

@@ -13,7 +13,8 @@ import pytest
 from example_runs import YARN, make_loss_run, make_run, make_tasks_run, trials
 
 from ropepatch.evaluation.compare import compare
-from ropepatch.evaluation.report import write_comparison_report
+from ropepatch.evaluation.overview import overview
+from ropepatch.evaluation.report import write_comparison_report, write_overview_report
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\""
 
@@ -151,6 +152,29 @@ def test_losses_have_pages_too(tmp_path: Path) -> None:
     assert page.tables[1][1][5] == "8.373"
     assert_nothing_is_fetched(page)
     assert_nothing_is_fetched(Page((runs[0] / "report.html").read_text("utf-8")))
+
+
+def test_several_suites_are_one_table_and_then_one_by_one(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "keys", trials(lambda *_: 0.0, lengths=(64,))),
+        make_run(tmp_path / "yarn", trials(lambda *_: 1.0, lengths=(64,)), patch=YARN),
+        make_loss_run(tmp_path / "loss", [[3.0, 2.0], [2.0, 1.5]], finalize=True),
+    ]
+    write_overview_report(overview(runs), tmp_path / "page.html", title=EVIL)
+    text = (tmp_path / "page.html").read_text("utf-8")
+    page = Page(text)
+    assert page.tables[0][0][:3] == ["setting", "passkey 64 (n=6)", "perplexity all (n=2)"]
+    # Losses 2.5 and 1.75 of as many tokens: 2.125 -+ 12.706 * 0.375, by Student's t with one degree of freedom.
+    assert [row[:3] for row in page.tables[0][1:]] == [
+        ["unpatched", "0.00 [0.00, 0.39]", "8.373 [0.07137, 982.2]"],
+        ["yarn (factor 2)", "1.00 [0.61, 1.00]", ""],
+    ]
+    assert page.tables[1][1:] == [["yarn (factor 2)", "+1.00 [+0.45, +1.00]*"]]
+    for heading in ("passkey: Differences", "passkey: Failures", "perplexity: Loss by position"):
+        assert heading in page.text
+    assert f'data-value="{2.125!r}"' in text
+    assert [tag for tag, _ in page.elements].count("img") == 3
+    assert_nothing_is_fetched(page)
 
 
 def test_a_run_of_several_tasks_says_which(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from browser import Browser, find_browser
 from example_runs import YARN, make_loss_run, make_run, make_tasks_run, trials
 
 from ropepatch.evaluation.compare import compare
-from ropepatch.evaluation.report import write_comparison_report
+from ropepatch.evaluation.overview import overview
+from ropepatch.evaluation.report import write_comparison_report, write_overview_report
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,6 +43,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, several in (("compare", runs), ("compare-loss", losses), ("compare-tasks", tasks)):
         found[name] = folder / f"{name}.html"
         write_comparison_report(compare(several), found[name])
+    found["overview"] = folder / "overview.html"
+    write_overview_report(overview([*runs, *losses, *tasks]), found["overview"])
     return found
 
 
@@ -49,7 +52,7 @@ TEXT_WIDTH = """
 (() => { const range = document.createRange(); range.selectNodeContents(document.querySelector("h1"));
          return range.getBoundingClientRect().width; })()
 """
-PAGES = ("run", "loss", "tasks", "compare", "compare-loss", "compare-tasks")
+PAGES = ("run", "loss", "tasks", "compare", "compare-loss", "compare-tasks", "overview")
 
 
 @pytest.mark.parametrize("width", [1280, 360])
