@@ -216,8 +216,8 @@ class Comparison:
         return dataclasses.replace(self, runs=runs)
 
     def at(self, lengths: Sequence[int]) -> Comparison:
-        """The same with these lengths only; of losses, the ranges of positions that end there. p stays as adjusted
-        for all lengths.
+        """The same with these lengths only (of losses, the ranges of positions that end there), the runs that have
+        them, and the base. p stays as adjusted for all lengths.
 
         Raises:
             OptionError: no run measured one of them.
@@ -225,7 +225,9 @@ class Comparison:
         for length in lengths:
             if length not in self.lengths:
                 raise OptionError("no run measured this length", given=length, allowed=self.lengths)
-        return dataclasses.replace(self, rows=[row for row in self.rows if row.length in lengths])
+        rows = [row for row in self.rows if row.length in lengths]
+        shown = {self.base, *(row.run for row in rows)}
+        return dataclasses.replace(self, rows=rows, runs=[run for run in self.runs if run.name in shown])
 
     def explanation(self) -> str:
         """How to read the table, in one paragraph."""

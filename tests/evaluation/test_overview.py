@@ -107,6 +107,8 @@ def test_lengths_choose_columns_and_leave_tests_as_they_are(folders: dict[str, P
         assert shown.row("yarn (factor 2)", column(shown, heading)) == found.row(
             "yarn (factor 2)", column(found, heading)
         )
+    assert found.at([32]).settings == ["unpatched", "yarn (factor 2)"]
+    assert overview([folders[name] for name in ("base", "far", "ruler")]).at([32]).settings == ["unpatched"]
     with pytest.raises(OptionError, match="No run measured this length"):
         found.at([96])
     one = compare([folders["base"], folders["yarn"]])
