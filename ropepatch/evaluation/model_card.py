@@ -35,9 +35,11 @@ def card(comparison: Comparison, *, heading: str = "Long-context evaluation") ->
 def overview_card(overview: Overview, *, heading: str = "Long-context evaluation") -> str:
     """A Markdown section on runs of several suites: the table of all, then how each suite was run."""
     parts = [f"## {heading}\n", overview.to_markdown(), f"{overview.explanation()}\n"]
-    for comparison in overview.comparisons:
-        parts.append(f"### `{comparison.suite}`\n\n{_what(comparison).capitalize()}. {_how(comparison)}\n")
-        parts += map(_run, comparison.runs)
+    for suite in dict.fromkeys(comparison.suite for comparison in overview.comparisons):
+        own = [comparison for comparison in overview.comparisons if comparison.suite == suite]
+        how = " ".join(dict.fromkeys(map(_how, own)))
+        parts.append(f"### `{suite}`\n\n{_what(own[0]).capitalize()}. {how}\n")
+        parts += [_run(run) for run in overview.runs if run.summary["task"] == suite]
     return "\n".join(parts)
 
 

@@ -44,18 +44,15 @@ class Overview:
             base, or to its first run where it has none.
         settings: the rows, in the order in which they are shown.
         base: the setting that differences are to.
+        runs: every run as it was read, suite by suite.
         models: whether there are several, so that a setting's name begins with its model's.
     """
 
     comparisons: list[Comparison]
     settings: list[str]
     base: str
-    models: bool = False
-
-    @property
-    def runs(self) -> list[Run]:
-        """Every run, suite by suite."""
-        return [run for comparison in self.comparisons for run in comparison.runs]
+    runs: list[Run]
+    models: bool
 
     @cached_property
     def columns(self) -> list[Column]:
@@ -229,7 +226,8 @@ def overview_of(runs: Sequence[Run], *, base: str | None = None) -> Overview:
     suites = list(dict.fromkeys(run.summary["task"] for run in runs))
     groups.sort(key=lambda group: suites.index(group[0].summary["task"]))
     settings = [own, *(setting for setting in dict.fromkeys(named.values()) if setting != own)]
-    return Overview([side_by_side(group, group[0]) for group in groups], settings, own, models)
+    by_suite = sorted(runs, key=lambda run: suites.index(run.summary["task"]))
+    return Overview([side_by_side(group, group[0]) for group in groups], settings, own, by_suite, models)
 
 
 def _pooled(runs: Sequence[Run]) -> list[Run]:
