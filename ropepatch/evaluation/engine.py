@@ -3,7 +3,7 @@
 For every prompt the engine gives what the model generates greedily, and how likely it finds the right answer. Prompt
 and answer are read in one go: the logits over the answer are its teacher-forced score, and as long as the most likely
 token is the answer's, they are also what greedy generation would have produced; only from the first difference on does
-the engine decode token by token.
+the engine generate, several tokens at once where they can be guessed (`lookup`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from ropepatch.errors import RopepatchError, UnsupportedModelError
 from ropepatch.evaluation.cache import SMALLEST_CHUNK, Reader, unheard
 from ropepatch.evaluation.limits import check_length, length_dependent_rope
+from ropepatch.evaluation.lookup import Guesser
 from ropepatch.evaluation.pieces import PROBE, fastest_way
 from ropepatch.evaluation.plain import full_logits, generate_plain
 from ropepatch.evaluation.prompt import Ids
@@ -77,7 +78,7 @@ class Work:
         sum_of_prompts: tokens of these sequences without any sharing.
         tokens_computed: tokens of them that went through the model. Where prefixes are shared this is `trie_size`, and
             one more for each prompt that lies wholly within an earlier sequence: its last token is read again.
-        tokens_decoded: further tokens, generated one by one after a wrong answer token.
+        tokens_decoded: further tokens that went through the model after a wrong answer token: generated, or guesses.
     """
 
     trie_size: int = 0
@@ -234,12 +235,31 @@ class Engine:
         generated = [*query.answer[:right].tolist(), int(logits[right].argmax())]
         reader.rewind(end + right)
         self._decoding = True
-        while not stop(generated):
-            generated.append(int(reader.extend(np.asarray(generated[-1:], dtype=np.int32), keep=1)[0].argmax()))
+        self._generate(reader, query, generated, stop)
         self._decoding = False
         # What was generated is no part of the next sequence.
         reader.rewind(end)
         return generated, False, logprob
+
+    def _generate(self, reader: Reader, query: Query, generated: list[int], stop: _Stop) -> None:
+        """Greedy tokens until `stop`, added to those that are there; all but the last of them have been read."""
+        guesser = Guesser(query.prompt, max(query.most_tokens, len(generated)))
+        for token in generated:
+            guesser.add(token)
+        done = stop(generated)
+        while not done:
+            guesses = guesser.guess()
+            read = np.concatenate([np.asarray(generated[-1:], dtype=np.int32), guesses])
+            chosen = reader.extend(read, keep=len(read)).argmax(-1).tolist()
+            right = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
+            for token in chosen[: right + 1]:
+                generated.append(token)
+                guesser.add(token)
+                done = stop(generated)
+                if done:
+                    break
+            guesser.learn(len(guesses), right)
+            reader.rewind(len(query.prompt) + len(generated) - 1)
 
     def _answer_plainly(self, query: Query, stop: _Stop) -> tuple[list[int], bool, float]:
         if self._remembers_length:

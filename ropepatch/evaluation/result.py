@@ -23,7 +23,7 @@ class EvaluationResult:
         configuration: what was asked.
         trie_size: distinct prompt and answer tokens of the trials that were run (not of those found in the folder).
         tokens_computed: how many of them went through the model; equal to `trie_size` in one process when `reuse`.
-        tokens_decoded: further tokens, generated one by one after a wrong answer token.
+        tokens_decoded: further tokens that went through the model after a wrong answer token: generated, or guessed at.
         sum_of_prompts: prompt and answer tokens without any sharing.
         reuse: whether prefixes were shared; None when no trial was left to run.
         reuse_refused: why they were not, or None.
