@@ -121,11 +121,11 @@ def test_default_text_is_there_and_known() -> None:
 
 
 def test_default_text_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pydoc_data.topics import topics  # before nothing can be found any more
+
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "path_importer_cache", {})
     monkeypatch.setattr(sys, "meta_path", [])
-    from pydoc_data.topics import topics
-
     text = default_text()
     assert text.path == "pydoc_data/topics"
     assert all(topic.strip() in text.text for topic in topics.values())
