@@ -8,6 +8,7 @@ the engine generate, several tokens at once where they can be guessed (`lookup`)
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from torch import nn
 
 from ropepatch.errors import RopepatchError, UnsupportedModelError
 from ropepatch.evaluation.cache import SMALLEST_CHUNK, Reader, unheard
-from ropepatch.evaluation.limits import check_length, length_dependent_rope
+from ropepatch.evaluation.limits import check_length, length_dependent_rope, position_table
 from ropepatch.evaluation.lookup import Guesser
 from ropepatch.evaluation.pieces import PROBE, fastest_way
 from ropepatch.evaluation.plain import full_logits, generate_plain
@@ -35,7 +36,7 @@ class Query:
     """A prompt and the answer that it should be continued with; token ids, int32, both at least one token.
 
     Attributes:
-        most_tokens: most tokens to generate.
+        most_tokens: most tokens to generate; fewer where the model's table of positions ends before.
         enough: whether these generated tokens are enough; None: only their number decides.
     """
 
@@ -115,6 +116,7 @@ class Engine:
         self._reader: Reader | None = None
         self._decoding = False
         self._remembers_length = False
+        self._readable: int | None = None
 
     def __enter__(self) -> Engine:
         self._modes = [(module, module.training) for module in self.model.modules()]
@@ -136,6 +138,8 @@ class Engine:
         """
         longest = max(len(q.prompt) + len(q.answer) - 1 for q in queries)
         check_length(self.model, longest)
+        table = position_table(self.model)
+        self._readable = None if table is None else table.length
         rope = length_dependent_rope(self.model, longest)
         # transformers' dynamic scaling remembers the longest input; a short one makes it forget.
         self._remembers_length = rope is not None
@@ -191,7 +195,7 @@ class Engine:
             known: dict[tuple[int, bytes], tuple[list[int], bool, float]] = {}
             shared = visit.shared
             for index in visit.members:
-                query = queries[index]
+                query = self._within_table(queries[index])
                 began = time.perf_counter()
                 # The same sequence may still be another query: cut elsewhere, or with another last answer token.
                 same = (len(query.prompt), query.answer.tobytes())
@@ -199,6 +203,13 @@ class Engine:
                     known[same] = self._answer(query, shared, _Stop(query, end_tokens))
                     shared = visit.length
                 yield Outcome(index, *known[same], elapsed=time.perf_counter() - began)
+
+    def _within_table(self, query: Query) -> Query:
+        if self._readable is None:
+            return query
+        # The last token that is generated is not read.
+        most = min(query.most_tokens, self._readable - len(query.prompt) + 1)
+        return dataclasses.replace(query, most_tokens=most)
 
     @torch.inference_mode()
     def _answer(self, query: Query, shared: int, stop: _Stop) -> tuple[list[int], bool, float]:

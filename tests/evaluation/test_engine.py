@@ -122,6 +122,17 @@ def test_any_overlap_of_prompts_and_answers(cases: list[tuple[list[int], list[in
     assert engine.reuse
 
 
+@pytest.mark.parametrize("left", [0, 1, 3, 20])
+def test_generation_ends_where_the_table_of_positions_does(left: int) -> None:
+    net = model("gpt2")
+    prompt = np.random.default_rng(5).integers(5, 500, net.config.n_positions - left).tolist()
+    expected = _greedy(net, prompt, min(NEW, left + 1))
+    with Engine(net) as engine:
+        outcome = next(iter(engine.run([_query(prompt, [(expected[0] + 1) % 500])])))
+        assert engine.reuse
+    assert outcome.generated == expected
+
+
 def test_one_engine_for_several_lists() -> None:
     net = model("llama")
     queries = _queries(net)
