@@ -173,6 +173,11 @@ class Comparison:
         """Every length that some run measured, ascending."""
         return [part.length for part in self.parts if part.length is not None]
 
+    def trials(self, *parts: Part) -> str:
+        """How many trials (or documents) the runs have in each of these parts: "6", or "2 to 6"."""
+        counts = sorted({row.n for row in self.rows if row.part in parts})
+        return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
     def row(self, run: str, part: Part) -> ComparisonRow | None:
         """What one run has there."""
         return self._rows.get((run, part))

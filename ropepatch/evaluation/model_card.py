@@ -81,8 +81,7 @@ def _table(comparison: Comparison) -> Lines:
 
 
 def _how(comparison: Comparison) -> str:
-    counts = sorted({row.n for row in comparison.rows if row.part.task is None})
-    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    n = comparison.trials(*comparison.parts)
     if comparison.measure == "loss":
         words = f"Documents: {n}; positions are tokens of the model's input."
     else:

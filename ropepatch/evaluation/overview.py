@@ -58,7 +58,7 @@ class Overview:
     def columns(self) -> list[Column]:
         """What was measured of all tasks of a suite together, suite by suite, lengths ascending."""
         found = [
-            Column(f"{comparison.suite} {part} (n={_trials(comparison, part)})", comparison, part)
+            Column(f"{comparison.suite} {part} (n={comparison.trials(part)})", comparison, part)
             for comparison in self.comparisons
             for part in comparison.parts
         ]
@@ -253,9 +253,3 @@ def _together(first: Run, second: Run) -> Run:
     rows = [*first.rows, *(row for row in second.rows if Place.of(row) not in places)]
     summary = suite_of(first.configuration).summarise(rows, first.configuration, title=first.title)
     return dataclasses.replace(first, rows=rows, summary=summary)
-
-
-def _trials(comparison: Comparison, part: Part) -> str:
-    """How many trials the runs have there: "6", or "2 to 6"."""
-    counts = sorted({row.n for row in comparison.rows if row.part == part})
-    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
