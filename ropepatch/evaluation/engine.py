@@ -21,7 +21,7 @@ from torch import nn
 
 from ropepatch.errors import RopepatchError, UnsupportedModelError
 from ropepatch.evaluation.cache import SMALLEST_CHUNK, Reader, unheard
-from ropepatch.evaluation.limits import check_length, length_dependent_rope, position_table
+from ropepatch.evaluation.limits import check_length, length_dependent_rope
 from ropepatch.evaluation.lookup import Guesser
 from ropepatch.evaluation.pieces import PROBE, fastest_way
 from ropepatch.evaluation.plain import full_logits, generate_plain
@@ -137,9 +137,7 @@ class Engine:
             UnsupportedModelError: a query is longer than the model's table of positions.
         """
         longest = max(len(q.prompt) + len(q.answer) - 1 for q in queries)
-        check_length(self.model, longest)
-        table = position_table(self.model)
-        self._readable = None if table is None else table.length
+        self._readable = check_length(self.model, longest)
         rope = length_dependent_rope(self.model, longest)
         # transformers' dynamic scaling remembers the longest input; a short one makes it forget.
         self._remembers_length = rope is not None

@@ -20,7 +20,7 @@ class Table(NamedTuple):
     where: str
 
 
-def position_table(model: nn.Module) -> Table | None:
+def _position_table(model: nn.Module) -> Table | None:
     """The shortest table of learned positions; None for a model without. Tables of other kinds grow by themselves."""
     host = host_of(model)
     tables = []
@@ -31,19 +31,25 @@ def position_table(model: nn.Module) -> Table | None:
     return min(tables, default=None)
 
 
-def check_length(model: nn.Module, tokens: int) -> None:
+def check_length(model: nn.Module, tokens: int) -> int | None:
     """Refuse an input that is longer than the model's table of learned positions.
+
+    Returns:
+        The table's length, in tokens; None for a model without.
 
     Raises:
         UnsupportedModelError: names the table and its length.
     """
-    table = position_table(model)
-    if table is not None and tokens > table.length:
+    table = _position_table(model)
+    if table is None:
+        return None
+    if tokens > table.length:
         raise UnsupportedModelError(
             f"the model has positions for {table.length} tokens only ({table.where})",
             given=f"{tokens} tokens, answer included",
             hint="evaluate shorter lengths, or make the table longer: --patch linear --set factor=2",
         )
+    return table.length
 
 
 def length_dependent_rope(model: Any, tokens: int) -> str | None:

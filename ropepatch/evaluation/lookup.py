@@ -15,11 +15,12 @@ _END = 3
 """Tokens of the end that must have stood in the text before."""
 
 FEWEST, MOST = 2, 16
-"""Guesses at once. On a CPU eight tokens cost about as much as one."""
+"""Guesses at once, and forwards without any after the fewest were all wrong. On a CPU eight tokens cost little more
+than one."""
 
 
 class Guesser:
-    """The text of one query, and guesses at its next tokens; fewer at once where they were wrong.
+    """The text of one query, and guesses at its next tokens; fewer at once where they were wrong, and at times none.
 
     Args:
         prompt: token ids, shape [n].
@@ -31,6 +32,8 @@ class Guesser:
         self._ids[: len(prompt)] = prompt
         self._length = len(prompt)
         self._most = MOST // 2
+        self._pause = FEWEST
+        self._wait = 0
 
     def add(self, token: int) -> None:
         """The text goes on with this token."""
@@ -39,8 +42,11 @@ class Guesser:
 
     def guess(self) -> Ids:
         """The tokens that may follow, shape [k], k from 0 to `MOST`, and one less than there is room for: the model's
-        own choice comes after them."""
+        own choice comes after them. Asked once for each forward."""
         text = self._ids[: self._length]
+        if self._wait:
+            self._wait -= 1
+            return text[:0]
         most = min(self._most, len(self._ids) - self._length - 1)
         if most < 1 or len(text) <= _END:
             return text[:0]
@@ -54,6 +60,12 @@ class Guesser:
 
     def learn(self, guessed: int, right: int) -> None:
         """How many of the last guesses were right."""
+        if not guessed:
+            return
+        if right:
+            self._pause = FEWEST
+        elif self._most == FEWEST:
+            self._wait, self._pause = self._pause, min(MOST, 2 * self._pause)
         if right == guessed:
             self._most = min(MOST, 2 * self._most)
         elif right < guessed // 2:

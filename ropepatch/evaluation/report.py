@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ropepatch.evaluation import _html as html
 from ropepatch.evaluation.comparison import Comparison, ComparisonRow, perplexity
-from ropepatch.evaluation.tables import AVERAGES, REACHES, difference, score, tokens
+from ropepatch.evaluation.tables import AVERAGES, REACHES, difference, overview_name, overview_score, tokens
 from ropepatch.files import write_atomic
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def _overview_table(overview: Overview) -> str:
         cells = []
         for column in overview.columns:
             row = overview.row(setting, column)
-            cells.append("" if row is None else html.Number(score(row, column.comparison.measure), row.score))
-        rows.append([setting, *cells])
+            cells.append("" if row is None else html.Number(overview_score(overview, setting, column), row.score))
+        rows.append([overview_name(overview, setting), *cells])
     return html.table(["setting", *(column.heading for column in overview.columns)], rows)
 
 

@@ -54,8 +54,8 @@ def overview_lines(overview: Overview) -> list[Lines]:
     """The tables of several suites: scores, and differences to the base where there are some."""
     scores = [
         [
-            setting + (" (base)" if setting == overview.base else ""),
-            *(_overview_score(overview, setting, column) for column in overview.columns),
+            overview_name(overview, setting),
+            *(overview_score(overview, setting, column) for column in overview.columns),
         ]
         for setting in overview.settings
     ]
@@ -77,7 +77,13 @@ def overview_lines(overview: Overview) -> list[Lines]:
     return tables
 
 
-def _overview_score(overview: Overview, setting: str, column: Column) -> str:
+def overview_name(overview: Overview, setting: str) -> str:
+    """A setting's first cell: which it is, and whether it is the base."""
+    return setting + (" (base)" if setting == overview.base else "")
+
+
+def overview_score(overview: Overview, setting: str, column: Column) -> str:
+    """A setting's cell: its score, and a mark where it differs from the base."""
     row = overview.row(setting, column)
     if row is None:
         return NOTHING

@@ -36,17 +36,31 @@ def test_guesses_are_what_followed_the_last_time(prompt: list[int], added: list[
 def test_guesses_become_more_where_they_are_right_and_fewer_where_they_are_not() -> None:
     made = guesser([*range(50), 0, 1, 2])
     assert len(made.guess()) == MOST // 2
-    for guessed, right, then in [
-        (8, 8, 16),
-        (16, 16, 16),
-        (16, 8, 16),
-        (16, 7, 8),
-        (8, 0, 4),
-        (4, 0, 2),
-        (2, 0, FEWEST),
-    ]:
+    for guessed, right, then in [(8, 8, 16), (16, 16, 16), (16, 8, 16), (16, 7, 8), (8, 0, 4), (4, 0, FEWEST)]:
         made.learn(guessed, right)
         assert len(made.guess()) == then
+
+
+def test_guesses_pause_where_they_go_on_being_wrong() -> None:
+    made = guesser([*range(50), 0, 1, 2])
+    made.learn(8, 0)
+    made.learn(4, 0)
+    assert len(made.guess()) == FEWEST
+
+    def forwards_without(right: int) -> int:
+        made.learn(FEWEST, right)
+        return next(n for n in range(100) if len(made.guess()))
+
+    assert [forwards_without(0) for _ in range(5)] == [2, 4, 8, MOST, MOST]
+    assert [forwards_without(1), forwards_without(0), forwards_without(0)] == [0, 2, 4]
+
+
+def test_no_guess_is_neither_right_nor_wrong() -> None:
+    made = guesser([*range(50), 0, 1, 2])
+    made.learn(8, 0)
+    for _ in range(5):
+        made.learn(0, 0)
+    assert len(made.guess()) == 4
 
 
 def _calls(net: nn.Module) -> list[int]:

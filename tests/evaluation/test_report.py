@@ -166,8 +166,8 @@ def test_several_suites_are_one_table_and_then_one_by_one(tmp_path: Path) -> Non
     assert page.tables[0][0][:3] == ["setting", "passkey 64 (n=6)", "perplexity all (n=2)"]
     # Losses 2.5 and 1.75 of as many tokens: 2.125 -+ 12.706 * 0.375, by Student's t with one degree of freedom.
     assert [row[:3] for row in page.tables[0][1:]] == [
-        ["unpatched", "0.00 [0.00, 0.39]", "8.373 [0.07137, 982.2]"],
-        ["yarn (factor 2)", "1.00 [0.61, 1.00]", ""],
+        ["unpatched (base)", "0.00 [0.00, 0.39]", "8.373 [0.07137, 982.2]"],
+        ["yarn (factor 2)", "1.00 [0.61, 1.00]*", ""],
     ]
     assert page.tables[1][1:] == [["yarn (factor 2)", "+1.00 [+0.45, +1.00]*"]]
     for heading in ("passkey: Differences", "passkey: Failures", "perplexity: Loss by position"):
