@@ -69,6 +69,29 @@ def test_results_read_with_pandas_alone(runs: list[Run]) -> None:
     assert rows_of(found) == runs[0].rows
 
 
+def test_results_go_into_a_metric_of_evaluate(tmp_path: Path) -> None:
+    evaluate = pytest.importorskip("evaluate", reason="a metric is one of the package evaluate (extra: dev)")
+    datasets = pytest.importorskip("datasets", reason="results are read with the package datasets")
+    text = datasets.Value("string")
+
+    class ExactMatch(evaluate.Metric):  # type: ignore[misc, name-defined]
+        def _info(self) -> Any:
+            features = datasets.Features(predictions=text, references=text)
+            return evaluate.MetricInfo(description="", citation="", features=features)
+
+        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+            return {"exact_match": sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)}
+
+    run = make_run(tmp_path / "run", trials(lambda length, depth, trial: float(trial == 0), lengths=(64, 128)))
+    file = str(run / "results.jsonl")
+    rows = datasets.load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.features["answer"] == text  # 00032 stays what it is
+    metric = ExactMatch(cache_dir=str(tmp_path / "cache"))
+    found = metric.compute(predictions=rows["output"], references=rows["answer"])
+    assert found["exact_match"] == pytest.approx(sum(rows["correct"]) / len(rows))
+    assert 0 < found["exact_match"] < 1
+
+
 def test_without_pyarrow_it_is_named_and_nothing_written(
     runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
