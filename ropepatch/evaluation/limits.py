@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -13,43 +13,34 @@ from ropepatch.families._native import PER_CALL_TYPES
 from ropepatch.families._tables import first_row
 
 
-class Table(NamedTuple):
-    """A table of learned positions: how many tokens it has positions for, and where it is."""
-
-    length: int
-    where: str
-
-
-def _position_table(model: nn.Module) -> Table | None:
-    """The shortest table of learned positions; None for a model without. Tables of other kinds grow by themselves."""
-    host = host_of(model)
-    tables = []
-    for site in discover(host):
-        module = host.get_submodule(site.path) if site.kind == "table" else None
-        if site.part == "text" and isinstance(module, nn.Embedding):
-            tables.append(Table(module.num_embeddings - first_row(host, site.path), site.where))
-    return min(tables, default=None)
-
-
 def check_length(model: nn.Module, tokens: int) -> int | None:
-    """Refuse an input that is longer than the model's table of learned positions.
+    """Refuse an input that is longer than the model's table of learned positions, the shortest if it has several.
 
     Returns:
-        The table's length, in tokens; None for a model without.
+        How many tokens it has positions for; None for a model without such a table.
 
     Raises:
         UnsupportedModelError: names the table and its length.
     """
-    table = _position_table(model)
-    if table is None:
+    host = host_of(model)
+    # Tables of other kinds grow by themselves.
+    tables = [
+        (module.num_embeddings - first_row(host, site.path), site.where)
+        for site in discover(host)
+        if site.part == "text"
+        and site.kind == "table"
+        and isinstance(module := host.get_submodule(site.path), nn.Embedding)
+    ]
+    if not tables:
         return None
-    if tokens > table.length:
+    length, where = min(tables)
+    if tokens > length:
         raise UnsupportedModelError(
-            f"the model has positions for {table.length} tokens only ({table.where})",
+            f"the model has positions for {length} tokens only ({where})",
             given=f"{tokens} tokens, answer included",
             hint="evaluate shorter lengths, or make the table longer: --patch linear --set factor=2",
         )
-    return table.length
+    return length
 
 
 def length_dependent_rope(model: Any, tokens: int) -> str | None:

@@ -149,7 +149,7 @@ def _overview_table(overview: Overview) -> str:
         cells = []
         for column in overview.columns:
             row = overview.row(setting, column)
-            cells.append("" if row is None else html.Number(overview_score(overview, setting, column), row.score))
+            cells.append("" if row is None else html.Number(overview_score(overview, column, row), row.score))
         rows.append([overview_name(overview, setting), *cells])
     return html.table(["setting", *(column.heading for column in overview.columns)], rows)
 

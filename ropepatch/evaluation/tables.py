@@ -55,7 +55,7 @@ def overview_lines(overview: Overview) -> list[Lines]:
     scores = [
         [
             overview_name(overview, setting),
-            *(overview_score(overview, setting, column) for column in overview.columns),
+            *(overview_score(overview, column, overview.row(setting, column)) for column in overview.columns),
         ]
         for setting in overview.settings
     ]
@@ -82,9 +82,8 @@ def overview_name(overview: Overview, setting: str) -> str:
     return setting + (" (base)" if setting == overview.base else "")
 
 
-def overview_score(overview: Overview, setting: str, column: Column) -> str:
+def overview_score(overview: Overview, column: Column, row: ComparisonRow | None) -> str:
     """A setting's cell: its score, and a mark where it differs from the base."""
-    row = overview.row(setting, column)
     if row is None:
         return NOTHING
     mark = _star(row) if overview.has_base(column.comparison) else ""
